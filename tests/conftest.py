@@ -1,0 +1,31 @@
+"Shared fixtures, and the closing line `N passed, N failed`."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent/'shared'
+os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1')
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of real data beside the checkout."
+    if not SHARED.is_dir(): pytest.skip(f'needs real data: no folder {SHARED.name} beside the checkout')
+    return SHARED
+
+
+@pytest.fixture
+def hatemm():
+    "Run the `hatemm` command; gives the finished process."
+    def call(*args, timeout=600):
+        return subprocess.run([str(Path(sys.executable).with_name('hatemm')), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return call
+
+
+def pytest_terminal_summary(terminalreporter):
+    count = lambda *kinds: sum(len(terminalreporter.stats.get(k, [])) for k in kinds)
+    terminalreporter.write_line(f"{count('passed')} passed, {count('failed', 'error')} failed")

@@ -1,0 +1,286 @@
+"Transcripts: real clips, both backends, killed and resumed runs."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hatemm_clip import asr as module
+from hatemm_clip.asr import (
+    Asr, compression_ratio, cut_windows, find_ct2_model, load_asr, make_groups, missed_speech, padded_seconds, read_journal, read_transcripts,
+    split_segments, transcribe_clips, window_flags, word_error_rate, write_srt, write_vtt)
+from hatemm_clip.data import SR, InputError, prepare_data, read_audio, read_table
+from hatemm_clip.demo import make_corpus, random_sentence, read_truth, speak
+
+GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
+
+
+@pytest.fixture(scope='module')
+def fast(): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    "Twelve demo videos, their table and their truth."
+    folder = tmp_path_factory.mktemp('asr')
+    clips, _ = prepare_data('demo', make_corpus(folder/'demo', 12, 0), folder/'tables', folds=3)
+    return clips, read_truth(folder/'demo'), folder
+
+
+@pytest.fixture(scope='module')
+def videos(shared):
+    "Real clips by file name."
+    return {f.stem: read_audio(f) for f in sorted((shared/'data/videos').iterdir())}
+
+
+def grid_words(answers):
+    "Of the 24 words in the GRID clips, those understood; letters and digits count apart."
+    apart = lambda text: set(''.join(f' {c} ' if c.isdigit() else c for c in module._normalizer()(text)).split())
+    return sum(len(apart(said) & apart(answers[f'grid_{name}']['text'])) for name, said in GRID.items())
+
+
+def check_real_clips(answers):
+    assert grid_words(answers) >= 17
+    for name, said in GRID.items(): assert said.split()[4] in answers[f'grid_{name}']['text'], name
+    nasa = answers['nasa_13013']
+    assert 'telescope' in nasa['text'].lower() and 'web' in nasa['text'].lower() and not nasa['flags']
+    assert answers['mdn_rabbit']['text'] == '' and answers['mdn_rabbit']['flags'] == ['no_speech'] and answers['mdn_rabbit']['segments'] == []
+    long = answers['autoeditor_example']
+    assert 'banana' in long['segments'][-1]['text'].lower() and long['segments'][-1]['start'] > 38
+    for answer in answers.values():
+        times = [t for s in answer['segments'] for t in (s['start'], s['end'])]
+        assert times == sorted(times) and all(0 <= t <= 60 for t in times)
+
+
+def test_real_clips_with_faster_whisper(fast, videos): check_real_clips(dict(zip(videos, fast.transcribe(list(videos.values())))))
+
+
+@pytest.mark.parametrize('beam_size', [1, 5])
+def test_real_clips_with_openai_whisper(videos, shared, beam_size):
+    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2, beam_size=beam_size)
+    answers = asr.transcribe(list(videos.values()))
+    check_real_clips(dict(zip(videos, answers)))
+    assert {(a['backend'], a['model']) for a in answers} == {('openai-whisper', 'whisper-tiny.en')}
+    assert asr.net.encoder.positional_embedding.shape[0] == 1500
+
+
+def test_auto_takes_the_backend_that_has_the_weights(shared):
+    assert load_asr('auto', 'tiny.en', 'cpu').backend == 'faster-whisper'
+    assert load_asr('auto', str(shared/'models/whisper-tiny.en.pt'), 'cpu').backend == 'openai-whisper'
+
+
+def test_an_answer_does_not_depend_on_the_batch(fast, corpus):
+    audios = [read_audio(p) for p in corpus[0].path]
+    together = fast.transcribe(audios)
+    assert [fast.transcribe([a])[0] for a in audios[:4]] == together[:4]
+    assert fast.transcribe(audios[::-1])[::-1] == together
+    small = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=3)
+    assert small.transcribe(audios) == together
+
+
+def test_demo_sentences_are_understood_and_timed(fast, corpus):
+    clips, truth, _ = corpus
+    videos = {v['video_file_name']: v for v in truth}
+    known = [videos[Path(p).name] for p in clips.path]
+    answers = fast.transcribe([read_audio(p) for p in clips.path])
+    assert word_error_rate([module.spoken_text(v) for v in known], [a['text'] for a in answers]) < .3
+    late = [abs(a['segments'][0]['start'] - min(s['start'] for s in v['sentences'])) for a, v in zip(answers, known)]
+    assert np.median(late) < .2
+
+
+def test_a_long_clip_is_cut_and_put_together(fast):
+    rng, sounds, said = np.random.default_rng(0), [], []
+    for kind in ('friendly', 'neutral', 'hostile', 'counter')*5:
+        said.append(random_sentence(kind, rng, 'pumpkins'))
+        wave = speak(said[-1])
+        sounds += [np.interp(np.arange(0, len(wave), 22_050/SR), np.arange(len(wave)), wave), np.zeros(SR//2)]
+    audio = np.concatenate(sounds).astype(np.float32)
+    answer = fast.transcribe([audio])[0]
+    assert len(audio)/SR > 60 and word_error_rate(' '.join(said), answer['text']) < .35
+    assert answer['segments'][-1]['end'] > len(audio)/SR - 3
+
+
+@pytest.mark.parametrize('audio, flag', [(np.zeros(0), 'no_audio'), (np.zeros(5*SR), 'no_audio'), (np.zeros(10), 'no_audio'), (np.random.default_rng(0).normal(0, .02, 3*SR), 'no_speech')])
+def test_silence_is_an_empty_flagged_transcript(fast, audio, flag):
+    answer = fast.transcribe([audio])[0]
+    assert (answer['text'], answer['segments'], answer['flags']) == ('', [], [flag])
+
+
+def test_nothing_in_nothing_out(fast): assert fast.transcribe([]) == []
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_windows_hold_every_span_and_stay_short(seed):
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(rng.choice([1., 6.]), 2*rng.integers(1, 60)).clip(.05, 27))
+    spans, duration = list(zip(times[::2].tolist(), times[1::2].tolist())), float(times[-1] + rng.uniform(0, 50))
+    windows = cut_windows(spans, duration)
+    assert all(0 <= a < b <= duration and b - a <= 30.001 for a, b in windows)
+    assert all(x[1] <= y[0] + 1e-9 for x, y in zip(windows[:-1], windows[1:]))
+    for a, b in spans: assert any(low <= a and b <= high for low, high in windows)
+
+
+def test_segments_stay_in_their_window():
+    segments = split_segments([1000, 5, 1500, 1600, 6, 1700], 1000, lambda t: 'x', 10., 12.)
+    assert all(10 <= s['start'] <= s['end'] <= 12 for s in segments) and len(segments) == 2
+
+
+class Failing(Asr):
+    "A recogniser that repeats itself unless it is given the full window."
+    backend, first_time, workers = 'failing', 10_000, 1
+
+    def __init__(self): self.model, self.beam_size, self.batch_size, self.calls = 'none', 1, 4, []
+
+    @staticmethod
+    def to_text(tokens): return ' '.join('the harbour' if t == 1 else 'bread costs less' for t in tokens)
+
+    def decode(self, waves, seconds, beam_size):
+        self.calls.append((len(waves), seconds))
+        tokens = [10_000, 2, 10_000 + 1500] if seconds == 30 else [10_000, *[1]*60, 10_000 + 1500]
+        return [dict(tokens=tokens, avg_logprob=-.2, no_speech_prob=.01, language='en') for _ in waves]
+
+
+def test_a_repetition_is_decoded_again_at_full_length(corpus):
+    asr = Failing()
+    answer = asr.transcribe([read_audio(corpus[0].path[0])])[0]
+    assert asr.calls[0][1] < 30 and asr.calls[1] == (1, 30)
+    assert answer['text'] == 'bread costs less' and 'repetition' not in answer['flags']
+
+
+def test_a_wrong_hash_is_refused(monkeypatch):
+    monkeypatch.setattr(module, 'TINY_EN_SHA256', 'f'*64)
+    with pytest.raises(InputError, match='sha256 is 1a5afae06a4d'): find_ct2_model('tiny.en')
+
+
+@pytest.mark.parametrize('kwargs, told', [
+    (dict(model='base'), "use model 'tiny.en'"), (dict(backend='openai-whisper', model='base'), "use model 'tiny.en'"), (dict(model='gigantic'), 'neither a folder nor a size'),
+    (dict(backend='kaldi'), 'expected auto'), (dict(device='tpu'), 'expected auto, cpu or cuda'), (dict(beam_size=0), 'expected 1 or more')])
+def test_bad_settings_are_one_line(kwargs, told, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr('whisper._download', lambda *_: (_ for _ in ()).throw(OSError('no way out')))
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=told) as e: load_asr(**kwargs)
+    assert '\n' not in str(e.value) and time.monotonic() - begun < 60
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(InputError, match='lacks model.bin, tokenizer.json'): load_asr('faster-whisper', str(tmp_path))
+
+
+@pytest.mark.parametrize('backend, name', [('faster-whisper', ''), ('openai-whisper', 'torn.pt')])
+def test_broken_weights_are_one_line(backend, name, tmp_path):
+    for file in ('model.bin', 'tokenizer.json', 'torn.pt'): (tmp_path/file).write_bytes(b'torn')
+    with pytest.raises(InputError, match='cannot load it') as e: load_asr(backend, str(tmp_path/name), 'cpu')
+    assert '\n' not in str(e.value)
+
+
+def test_a_torn_download_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    (tmp_path/'whisper').mkdir()
+    (tmp_path/'whisper/tiny.en.pt').write_bytes(b'torn')
+    with pytest.raises(InputError, match='not on this machine'): module.find_openai_model('tiny.en', download=False)
+
+
+WORKER = """
+import sys, time
+from hatemm_clip import asr as module
+from hatemm_clip.data import read_table
+append = module._append
+def slowly(*args): append(*args); time.sleep(1)
+module._append = slowly
+module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], device='cpu', batch_size=1, threads=1)
+"""
+
+
+@pytest.mark.parametrize('lines', [1, 3])
+def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
+    clips, _, folder = corpus
+    journal = tmp_path/'transcripts.parquet.journal'
+    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder/'tables/clips.parquet'), str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (journal.exists() and journal.read_bytes().count(b'\n') >= lines): time.sleep(.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert journal.exists() and not (tmp_path/'transcripts.parquet').exists()
+    with open(journal, 'a') as f: f.write('{"group": 9, "rows": [{"clip')
+    resumed = transcribe_clips(clips.sample(frac=1, random_state=0), tmp_path, device='cpu', batch_size=1, threads=2)
+    undisturbed = folder/'undisturbed.parquet'
+    transcribe_clips(clips, undisturbed, device='cpu', batch_size=1, threads=1)
+    assert undisturbed.read_bytes() == (tmp_path/'transcripts.parquet').read_bytes()
+    assert resumed.clip_id.tolist() == sorted(clips.clip_id) and not journal.exists()
+
+
+def test_a_finished_table_is_kept_and_other_settings_are_not_mixed(fast, corpus, tmp_path, capsys):
+    clips = corpus[0].head(3)
+    first = transcribe_clips(clips, tmp_path, asr=fast)
+    assert '3 clips, 0 failed' in capsys.readouterr().out
+    assert first.equals(transcribe_clips(clips, tmp_path, asr=fast)) and 'there already' in capsys.readouterr().out
+    greedy = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2, beam_size=1)
+    transcribe_clips(clips, tmp_path, asr=greedy)
+    assert 'other clips or settings' in capsys.readouterr().out
+    assert read_transcripts(tmp_path).attrs['params']['beam_size'] == 1
+
+
+def test_a_journal_of_other_settings_starts_again(tmp_path, capsys):
+    journal = tmp_path/'j'
+    journal.write_text('{"model": "base"}\n{"group": 0, "rows": []}\n')
+    assert read_journal(journal, dict(model='tiny.en')) == {} and '(model)' in capsys.readouterr().out
+    assert read_journal(tmp_path/'none', {}) == {}
+
+
+def test_failures_are_counted_with_a_reason(fast, corpus, tmp_path):
+    clips = corpus[0].copy()
+    broken = tmp_path/'broken.mp4'
+    broken.write_bytes(b'nothing here')
+    clips.loc[1, 'path'] = str(broken)
+    clips.loc[2, 'path'] = str(tmp_path/'gone.mp4')
+    with pytest.raises(InputError, match='2 of 12 items failed'): transcribe_clips(clips, tmp_path, asr=fast)
+    table = transcribe_clips(clips, tmp_path, asr=fast, max_failed=.2)
+    failed = pd.read_csv(tmp_path/'failed_transcripts.csv')
+    assert len(table) == 10 and set(failed.clip_id) == set(clips.clip_id) - set(table.clip_id)
+    assert failed.error.str.contains('broken.mp4|gone.mp4').all()
+
+
+def test_everything_failed_is_still_a_table(fast, tmp_path):
+    clips = pd.DataFrame([dict(clip_id='a', path=str(tmp_path/'gone.mp4'), start=0., end=1.)])
+    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=1.)) == 0
+
+
+@pytest.mark.parametrize('clips, told', [(pd.DataFrame(dict(clip_id=['a'])), 'lacks path, start, end'), (pd.DataFrame(columns=['clip_id', 'path', 'start', 'end']), 'is empty')])
+def test_bad_tables_are_told(clips, told, tmp_path):
+    with pytest.raises(InputError, match=told): transcribe_clips(clips, tmp_path)
+
+
+def test_groups_depend_on_the_table_alone():
+    seconds = np.random.default_rng(0).exponential(40, 200).tolist()
+    groups = make_groups(seconds, 4)
+    assert [i for g in groups for i in g] == list(range(200))
+    assert all(sum(seconds[i] for i in g) <= 240 or len(g) == 1 for g in groups)
+
+
+def test_flags():
+    fine = dict(text='we baked an apple cake', avg_logprob=-.3, no_speech_prob=.1, missed=0., heard=True)
+    assert window_flags(fine) == []
+    assert window_flags(fine | dict(missed=5.)) == ['missed_speech']
+    assert window_flags(fine | dict(heard=False, no_speech_prob=.7)) == ['no_speech']
+    assert window_flags(fine | dict(heard=False, text='')) == ['no_speech']
+    assert compression_ratio('we should get rid of these '*9) > 2.4 > compression_ratio('we should get rid of these')
+    assert missed_speech([], [(1., 3.)], 0., 10.) == pytest.approx(2, abs=.06) and padded_seconds(0) == 2
+
+
+def test_word_error_rate_by_hand():
+    assert word_error_rate('bread costs less in our town', 'bread cast less our town today') == pytest.approx(3/6)
+    assert word_error_rate(["it's two colours", 'yes'], ['it is 2 colors', 'yes']) == 0
+    with pytest.raises(InputError, match='2 references and 1 hypotheses'): word_error_rate(['a', 'b'], ['a'])
+
+
+def test_subtitles_read_back(tmp_path):
+    segments = [dict(start=.5, end=3661.25, text='an --> arrow'), dict(start=3662., end=3663., text='end')]
+    assert '00:00:00,500 --> 01:01:01,250\nan -> arrow\n' in write_srt(segments, tmp_path/'a.srt').read_text()
+    import av
+    with av.open(str(write_vtt(segments, tmp_path/'a.vtt'))) as container: assert len([p for p in container.demux() if p.size]) == 2

@@ -1,0 +1,73 @@
+"What is generated agrees with the notebooks, and the notebooks are clean."
+import configparser
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+BIN = sys.executable.rsplit('/', 1)[0]
+
+
+def run_in(folder, *command): subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the checkout's sources, to export and clean in."
+    folder = tmp_path_factory.mktemp('copy')/'hatemm_clip'
+    ignore = shutil.ignore_patterns('.git', '.venv', 'runs', 'demo_data', '_docs', '_proc', '__pycache__', '*.egg-info', 'build')
+    shutil.copytree(ROOT, folder, ignore=ignore, symlinks=True)
+    return folder
+
+
+def test_export_leaves_no_diff(copy):
+    run_in(copy, f'{BIN}/nbdev_export')
+    for file in sorted((ROOT/'hatemm_clip').glob('*.py')): assert filecmp.cmp(file, copy/'hatemm_clip'/file.name, shallow=False), f'{file.name} differs from its notebook: run `make export`'
+
+
+def test_notebooks_are_clean(copy):
+    run_in(copy, f'{BIN}/nbdev_clean')
+    for file in NOTEBOOKS: assert filecmp.cmp(file, copy/'nbs'/file.name, shallow=False), f'{file.name} is not clean: run `make export`'
+
+
+def test_readme_is_generated(copy):
+    run_in(copy, sys.executable, 'tools/prepare.py', '--readme')
+    assert (copy/'README.md').read_text() == (ROOT/'README.md').read_text(), 'README.md differs from nbs/index.ipynb: run `make export`'
+
+
+@pytest.mark.parametrize('file', NOTEBOOKS, ids=lambda f: f.stem)
+def test_notebook_is_fit_to_show(file):
+    nb = json.loads(file.read_text())
+    debris = re.compile(r'/(?:work|root|tmp|home/\w+)/|Traceback \(most recent|Warning: |IProgress|\\u001b\[|\d+it/s')
+    for cell in nb['cells']:
+        for output in cell.get('outputs', []):
+            text = json.dumps({k: v for k, v in output.items() if k != 'data'}) + ''.join(json.dumps(v) for k, v in output.get('data', {}).items() if k.startswith('text/plain'))
+            assert not debris.search(text), f"{file.name}: debris in an output of the cell {''.join(cell['source'])[:60]!r}"
+    if file.name[0].isdigit(): assert any('parameters' in c['metadata'].get('tags', []) for c in nb['cells']), f'{file.name} has no parameters cell'
+
+
+def test_numbers_are_the_import_order():
+    "A module imports only from modules with lower numbers."
+    order = {f.stem[3:]: f.stem for f in NOTEBOOKS if f.name[0].isdigit()}
+    for name, stem in order.items():
+        module = ROOT/'hatemm_clip'/f'{name}.py'
+        if not module.exists(): continue
+        for used in re.findall(r'from hatemm_clip\.(\w+) import', module.read_text()): assert order[used] <= stem, f'{name} imports {used}, which comes later'
+
+
+def test_package_needs_no_nbdev():
+    settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    settings.read(ROOT/'settings.ini')
+    assert not re.search(r'nbdev|fastcore|execnb', settings['DEFAULT']['requirements'])
+    for file in (ROOT/'hatemm_clip').glob('*.py'):
+        if file.name != '_modidx.py': assert not re.search(r'^\s*(import|from) (nbdev|fastcore|execnb)', file.read_text(), re.M), file.name
+
+
+def test_quarto_settings_are_a_link():
+    assert (ROOT/'nbs/_quarto.yml').is_symlink() and (ROOT/'nbs/_quarto.yml').resolve() == ROOT/'_quarto.yml'
