@@ -8,13 +8,14 @@ __all__ = ['MODALITY_DROPOUT', 'NEIGHBOURS', 'HEADS', 'MOST_MEMBERS', 'GRIDS', '
            'BinaryClassifierNoImage', 'BinaryClassifierNoText', 'num_heads', 'Attention', 'EncoderLayer',
            'MultiModalClassifier', 'CrossModalFusion', 'MeanLinear', 'fixed_frame', 'pick_frames', 'RandomFrame',
            'sinusoid', 'FrameTransformer', 'LinearProbe', 'LateFusion', 'GatedFusion', 'AttentionPooling', 'KNNHead',
-           'make_head', 'fitting_heads', 'Members', 'Rows', 'Member', 'train_members', 'predict_members',
+           'make_head', 'fitting_heads', 'one_thread', 'Members', 'Rows', 'Member', 'train_members', 'predict_members',
            'take_members', 'bench_fusion', 'join_features', 'bagged_threshold', 'choose_calibration',
            'FusionClassifier', 'all_settings', 'run_name', 'crossval', 'all_different', 'tfidf_features',
            'crossval_summary', 'compare_heads', 'plot_heads', 'save_bundle', 'read_config', 'load_bundle', 'fit_bundle',
            'explain', 'run_fusion']
 
-# %% ../nbs/40_fusion.ipynb #ff36cd8e
+# %% ../nbs/40_fusion.ipynb #49926c4e
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -475,6 +476,15 @@ def fitting_heads(
     "Heads that fit a set of modalities."
     return [n for n, h in HEADS.items() if not issubclass(h, _LeavesOut) or (h.left_out in modalities and len(modalities) > 1)]
 
+# %% ../nbs/40_fusion.ipynb #e05cb894
+@contextlib.contextmanager
+def one_thread():
+    "Keep torch to one CPU thread inside a `with` block, or in a decorated function."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/40_fusion.ipynb #5f2e5ab0
 @dataclasses.dataclass
 class Members:
@@ -626,10 +636,11 @@ def _epoch(number, training, data, labels, targets, steps, batch_size, mixup):
             weight = part * weight + (1 - part) * t.class_weights.gather(1, labels[other])
             yield *_mix(data, t.buffers, t.fold, at, other, share[:, s]), mixed, real[:, s] * weight
 
-# %% ../nbs/40_fusion.ipynb #f39f39b4
+# %% ../nbs/40_fusion.ipynb #907c3a98
 MOST_MEMBERS = 64  # trained in one batch; memory grows with it
 
 
+@one_thread()
 def train_members(
     data: Rows, # all clips
     labels: np.ndarray, # int, shape (N,)
@@ -690,7 +701,8 @@ def _val_losses(head, training, data, labels, onehot):
     logits = vmap(lambda *a: _logits(head, *a))(training.params, training.buffers, *data(training.fold, rows))
     return vmap(_cross_entropy)(logits, onehot[rows], real * training.class_weights.gather(1, labels[rows])).cpu().numpy()
 
-# %% ../nbs/40_fusion.ipynb #0af336a2
+# %% ../nbs/40_fusion.ipynb #5f3357e3
+@one_thread()
 @torch.no_grad()
 def predict_members(
     members: Members, # trained

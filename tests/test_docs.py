@@ -16,7 +16,7 @@ def site(tmp_path_factory):
     shutil.copytree(ROOT/'hatemm_clip', folder/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
     import subprocess
     import sys
-    stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs.__wrapped__(n_workers=0)'
+    stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0)'
     subprocess.run([sys.executable, '-c', stage], cwd=folder, check=True, capture_output=True, timeout=300)
     return folder
 

@@ -114,7 +114,7 @@ def test_strong_mixup_and_absent_modality_train(data):
 
 
 def test_tfidf_sees_the_training_part_only():
-    texts = ['tram stops'] * 10 + ['tram stops later'] * 10 + ['unheard words'] * 5
+    texts = ['tram stops'] * 10 + ['tram stops later'] * 10 + ['qqq zzz'] * 5
     found = tfidf_features(texts, 3)(np.arange(20))
     assert not found[20:].any() and found[:20].any(1).all()
 

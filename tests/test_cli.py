@@ -1,0 +1,70 @@
+"The `hatemm` command: answers at once, tells bad input in one line, leaves nothing half-written."
+import json
+
+import pytest
+from conftest import ROOT
+
+
+def one_line_error(done):
+    assert done.returncode == 2, (done.returncode, done.stderr[-500:])
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
+    return lines[0]
+
+
+def test_help_starts_nothing_heavy():
+    import subprocess
+    import sys
+    code = "import sys; import hatemm_clip.pipeline; print(sorted({'torch', 'whisper', 'open_clip', 'pandas', 'numpy', 'lancedb'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_help(hatemm):
+    done = hatemm('--help')
+    assert done.returncode == 0
+    for command in ('demo', 'fetch', 'run', 'score', 'check', 'crossval', 'bench', 'report'): assert command in done.stdout
+
+
+@pytest.mark.parametrize('text,told', [('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected a int'), ('- 1\n', 'holds a list'), ('10_asr:\n  modle: base\n', "did you mean 'model'")])
+def test_bad_parameters(hatemm, tmp_path, text, told):
+    (tmp_path/'p.yml').write_text(text)
+    assert told in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
+    assert not (tmp_path/'out').exists()
+
+
+def test_bad_runs(hatemm, tmp_path):
+    (tmp_path/'file').touch()
+    assert 'no such parameter file' in one_line_error(hatemm('run', tmp_path/'none.yml'))
+    assert "stage '77_nothing' is unknown" in one_line_error(hatemm('run', 'nbs/params/demo.yml', '--only', '77_nothing', '--out', tmp_path/'out'))
+    assert 'is a file' in one_line_error(hatemm('run', 'nbs/params/demo.yml', '--out', tmp_path/'file'))
+    assert not (tmp_path/'out').exists()
+
+
+def test_bad_bundle_and_json(hatemm, tmp_path):
+    assert 'no bundle there' in one_line_error(hatemm('score', tmp_path, 'x.mp4'))
+    assert 'no such folder' in one_line_error(hatemm('check', ROOT.parent/'nowhere'))
+
+
+def test_demo_refuses_another_data_set(hatemm, tmp_path):
+    (tmp_path/'HateMM_annotation.csv').write_text('video_file_name,label,hate_snippet,target\n')
+    assert 'holds another data set' in one_line_error(hatemm('demo', tmp_path))
+    assert 'too small' in one_line_error(hatemm('demo', tmp_path/'new', '--n', '3'))
+
+
+def test_annotations_are_not_evaluated(hatemm, tmp_path):
+    trap = tmp_path/'pwned'
+    (tmp_path/'HateMM_annotation.csv').write_text(f"video_file_name,label,hate_snippet,target\nx.mp4,Hate,\"__import__('os').system('touch {trap}')\",Others\n")
+    assert 'line 2' in one_line_error(hatemm('check', tmp_path, '--no-media', '--dataset', 'hatemm'))
+    assert not trap.exists()
+
+
+def test_crossval_on_a_file_of_your_own(hatemm, tmp_path):
+    import numpy as np
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    split = np.stack([np.where(np.arange(60)//2 % 5 == k, 'test', np.where(np.arange(60)//2 % 5 == (k + 1) % 5, 'val', 'train')) for k in range(5)])
+    np.savez(tmp_path/'own.npz', ids=np.array([f'v{i}' for i in range(60)]), labels=labels, split=split, voice=rng.normal(size=(60, 6)) + 2*labels[:, None])
+    done = hatemm('crossval', tmp_path/'own.npz', '--seeds', '2', '--json', tmp_path/'r.json')
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path/'r.json').read_text())['BinaryClassifier']['voice']['auroc']
+    assert {'mean', 'sd_seeds', 'low', 'high'} <= result.keys() and result['mean'] > .9

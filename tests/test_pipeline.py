@@ -1,0 +1,76 @@
+"A run killed with -9 in the middle of a stage is finished by the next one; no row is lost or doubled."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+HATEMM = str(Path(sys.executable).with_name('hatemm'))
+
+
+def kill_when(command, ready, limit=300):
+    "Start a run and kill it, kernels and all, as soon as `ready()`."
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.time()
+    while not ready():
+        assert process.poll() is None and time.time() - began < limit, 'the run ended before it could be killed'
+        time.sleep(.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(3)  # a kernel notices within a second that its parent is gone
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('killed')
+    (folder/'p.yml').write_text(f"data_dir: {folder/'demo'}\ndemo_videos: 40\nbatch_size: 4\n40_fusion:\n  seeds: 2\n")
+    out = folder/'run'
+    command = [HATEMM, 'run', str(folder/'p.yml'), '--out', str(out)]
+    journal = out/'transcripts.parquet.journal'
+    kill_when(command, lambda: journal.exists() and journal.stat().st_size > 2000)
+    assert not (out/'transcripts.parquet').exists()
+    kill_when(command, lambda: (out/'features.lance').exists())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-500:]
+    return folder, out, command, done.stdout
+
+
+def test_nothing_is_lost_or_doubled(run):
+    from hatemm_clip.embed import open_store
+    _, out, _, _ = run
+    clips = pd.read_parquet(out/'clips.parquet').clip_id.sort_values().tolist()
+    assert len(clips) == 40
+    assert pd.read_parquet(out/'transcripts.parquet').clip_id.sort_values().tolist() == clips
+    assert sorted(open_store(out/'features.lance').clip_ids()) == clips
+
+
+def test_all_outputs_are_there(run):
+    _, out, _, printed = run
+    for name in ('metrics.json', 'report.html', 'predictions.parquet', 'bundle/model.safetensors', 'bundle/MODEL_CARD.md', 'run.json'): assert (out/name).exists(), name
+    metrics = json.loads((out/'metrics.json').read_text())
+    assert {'mean', 'low', 'high'} <= metrics['BinaryClassifier:image+text']['macro_f1'].keys()
+    assert 'report:' in printed
+
+
+def test_second_run_has_nothing_to_do(run):
+    _, _, command, _ = run
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.count('up to date') == 5
+
+
+def test_scoring_goes_on_past_a_bad_file(run, hatemm):
+    folder, out, _, _ = run
+    good = next((folder/'demo/hate_videos').glob('*.mp4'))
+    (folder/'bad.mp4').write_text('hello')
+    done = hatemm('score', out/'bundle', good, folder/'bad.mp4', '--json', '-')
+    rows = json.loads(done.stdout)
+    assert done.returncode == 1 and rows[0]['error'] is None and 'not a readable media file' in rows[1]['error']
+    assert rows[0]['demo'] and 0 <= rows[0]['prob'] <= 1
+    assert abs(sum(rows[0]['modalities'].values())) <= 1
+    assert hatemm('score', out/'bundle', folder/'bad.mp4').returncode == 2
