@@ -880,10 +880,10 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         "Accuracy."
         return float((self.predict(X) == (X.labels if y is None else np.asarray(y))).mean())
 
-# %% ../nbs/40_fusion.ipynb #ca97e43a
+# %% ../nbs/40_fusion.ipynb #0e47afba
 GRIDS = {name: dict(lr=[3e-4, 1e-3], label_smoothing=[.1]) for name in HEADS}
 GRIDS |= {name: dict(weight_decay=[1e-2, 1., 3.]) for name in ('MeanLinear', 'RandomFrame', 'LinearProbe')}
-GRIDS |= {'GatedFusion': dict(lr=[3e-4], label_smoothing=[.1], mixup=[.4], batch_size=[32], ensemble=[3]), 'KNNHead': dict(lr=[1e-2])}
+GRIDS |= {'GatedFusion': dict(label_smoothing=[.1, .2], mixup=[0., .4], lr=[3e-4], batch_size=[32], ensemble=[3]), 'KNNHead': dict(lr=[1e-2])}
 GRID_SEEDS = 2  # seeds that a choice from a grid rests on
 
 

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'FLAGS', 'app', 'JSON', 'BENCHES', 'stage_parameters', 'read_params', 'stage_keys', 'runnable',
            'run_pipeline', 'main', 'demo', 'fetch', 'run', 'score', 'check', 'crossval', 'bench', 'report']
 
-# %% ../nbs/95_pipeline.ipynb #5f1be672
+# %% ../nbs/95_pipeline.ipynb #b208288c
 import difflib
 import hashlib
 import json
@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def _data_hash(data_dir):
     files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
-# %% ../nbs/95_pipeline.ipynb #9af70af1
+# %% ../nbs/95_pipeline.ipynb #035cf5a5
 def runnable(
     notebook: str | Path,
 ):  # a notebook node
@@ -136,8 +137,10 @@ def _execute(stage, notebooks, out, parameters):
     logging.getLogger('papermill').setLevel(logging.ERROR)
     target, source = out/f'{stage}.ipynb', out/f'.{stage}.source.ipynb'
     nbformat.write(runnable(notebooks/f'{stage}.ipynb'), source)
-    try: papermill.execute_notebook(str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False,
-                                       config=Config(KernelManager=dict(transport='ipc')))  # no open port, and no warning about one
+    try:
+        with tempfile.TemporaryDirectory() as sockets:  # the kernel is spoken to through files there, not through open ports
+            papermill.execute_notebook(str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False,
+                                       config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
     except papermill.PapermillExecutionError as e: _fail(f"{stage} failed: {e.ename}: {str(e.evalue).strip().splitlines()[0] if str(e.evalue).strip() else ''}; see {target}")
     finally: source.unlink(missing_ok=True)
     return _summary(nbformat.read(target, 4))

@@ -1,4 +1,5 @@
 "The docs tree builds: every notebook stages to a page with a title, the sidebar has them all, internal links resolve."
+import json
 import re
 import shutil
 
@@ -35,5 +36,6 @@ def test_sidebar_lists_every_page(site):
 
 def test_internal_links_resolve(site):
     for notebook in (site/'nbs').glob('*.ipynb'):
-        for link in re.findall(r'\]\((?!https?:|#|data:|attachment:)([^)\s]+?)(?:#[^)]*)?\)', notebook.read_text()):
+        prose = '\n'.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown')
+        for link in re.findall(r'\]\((?!https?:|#|data:|attachment:)([^)\s`]+?)(?:#[^)]*)?\)', prose):
             assert (site/'nbs'/link).exists(), f'{notebook.name} links to {link}, which is not there'
