@@ -30,6 +30,7 @@ def write_readme():
     from nbconvert import MarkdownExporter
     nb = nbformat.read(ROOT/'nbs/index.ipynb', 4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\s*\|\s*hide\s*$', c.source, re.M)]
+    nb.metadata['language_info'] = dict(name='python')
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='index_files', unique_key='index'))
     for name, data in resources['outputs'].items():
