@@ -249,7 +249,7 @@ def read_dataset(
 
 def _digest(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #59a12dca
+# %% ../nbs/00_data.ipynb #b7482a78
 class MediaError(InputError):
     "A file that cannot be decoded."
 
@@ -268,12 +268,12 @@ def probe(
             duration = container.duration/1e6 if container.duration else max(lengths, default=0.)
             info = dict(format=container.format.name, duration=duration, fps=0., width=0, height=0, has_video=video is not None, has_audio=audio is not None)
             if video is not None: info.update(fps=float(video.average_rate or 0), width=video.width, height=video.height)
-    except (av.error.FFmpegError, ValueError, OverflowError) as e: raise MediaError(f"{path}: not a readable media file ({_reason(e)}); fetch or export it again") from e
+    except (av.error.FFmpegError, ValueError, OverflowError, AttributeError) as e: raise MediaError(f"{path}: not a readable media file ({_reason(e)}); fetch or export it again") from e
     if video is None and audio is None: raise MediaError(f"{path}: holds neither video nor audio")
     return info
 
 
-def _reason(error): return str(getattr(error, 'strerror', None) or error).splitlines()[0][:120]
+def _reason(error): return (str(getattr(error, 'strerror', None) or error) or type(error).__name__).splitlines()[0][:120]
 
 # %% ../nbs/00_data.ipynb #fd36241c
 SAMPLINGS = ('fps', 'uniform', 'random', 'keyframes')
