@@ -160,7 +160,7 @@ def encode_texts(
     with torch.inference_mode(), _precision(encoder.device):
         return encoder.model.encode_text(encoder.tokenizer(texts).to(encoder.device), normalize=True).float().cpu()
 
-# %% ../nbs/20_embed.ipynb #a8463ea7
+# %% ../nbs/20_embed.ipynb #6294c5c9
 def store_schema(
     dims: dict[str, int], # modality → D
     provenance: dict,
@@ -186,7 +186,7 @@ class FeatureStore:
 
     def __len__(self): return self.table.count_rows()
 
-    def clip_ids(self) -> list[str]: return self.table.to_lance().to_table(columns=['clip_id'])['clip_id'].to_pylist()
+    def clip_ids(self) -> list[str]: return self.table.search().select(['clip_id']).limit(None).to_arrow()['clip_id'].to_pylist()
 
     def upsert(self, rows: pa.Table):
         "Add rows, or replace those with the same `clip_id`."

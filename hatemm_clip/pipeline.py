@@ -255,13 +255,16 @@ def main():
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
 
-# %% ../nbs/95_pipeline.ipynb #8218a7b4
+# %% ../nbs/95_pipeline.ipynb #0abab741
+def _show_version(wanted: bool):
+    if not wanted: return
+    from hatemm_clip import __version__
+    print(__version__)
+    raise typer.Exit()
+
+
 @app.callback()
-def _options(version: bool = typer.Option(False, '--version', help='Show the version and stop.')):
-    if version:
-        from hatemm_clip import __version__
-        print(__version__)
-        raise typer.Exit()
+def _options(version: bool = typer.Option(False, '--version', is_eager=True, callback=_show_version, help='Show the version and stop.')): pass
 
 
 @app.command()

@@ -1,5 +1,6 @@
 "The `hatemm` command: answers at once, tells bad input in one line, leaves nothing half-written."
 import json
+from importlib.metadata import version
 
 import pytest
 from conftest import ROOT
@@ -23,6 +24,11 @@ def test_help(hatemm):
     done = hatemm('--help')
     assert done.returncode == 0
     for command in ('demo', 'fetch', 'run', 'score', 'check', 'crossval', 'bench', 'report'): assert command in done.stdout
+
+
+def test_version(hatemm):
+    done = hatemm('--version')
+    assert done.returncode == 0 and done.stdout.strip() == version('hatemm_clip')
 
 
 @pytest.mark.parametrize('text,told', [('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected a int'), ('- 1\n', 'holds a list'), ('10_asr:\n  modle: base\n', "did you mean 'model'")])
