@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'AUDIO_SECONDS', 'SILENCE', 'UNSEEN', 'MEDIA_SUFFIXES', 'MODULES',
-           'detect_dataset', 'span_faults', 'row_faults', 'count_annotations', 'measure_length', 'examine',
-           'SafeDecoder', 'decode_safely', 'decode_all', 'write_broken', 'media_faults', 'duplicate_faults',
-           'file_faults', 'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak',
-           'bench_decode']
+           'detect_dataset', 'span_faults', 'row_faults', 'count_annotations', 'examine', 'SafeDecoder',
+           'decode_safely', 'decode_all', 'write_broken', 'media_faults', 'duplicate_faults', 'file_faults',
+           'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak', 'bench_decode']
 
-# %% ../nbs/03_check.ipynb #b418c9a4
+# %% ../nbs/03_check.ipynb #03a561cc
 import json
 import os
 import platform
@@ -31,7 +30,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .data import (SR, InputError, MediaError, file_sha256, frame_hashes, iter_frames, merge_spans, near_duplicates,
+from .data import (SR, InputError, MediaError, file_sha256, frame_hashes, iter_frames, measure_length, merge_spans, near_duplicates,
                               probe, read_audio, read_dataset, read_frames, read_table, sample_times)
 
 # %% ../nbs/03_check.ipynb #88265e28
@@ -116,25 +115,12 @@ def count_annotations(
                 targets=dict(sum(named.values(), Counter()).most_common()), targets_by_label={name: dict(c.most_common()) for name, c in named.items()},
                 spans=int(videos.spans.map(len).sum()), span_seconds=float(sum(s['end'] - s['start'] for spans in videos.spans for s in merge_spans(spans))))
 
-# %% ../nbs/03_check.ipynb #1ee7d3aa
+# %% ../nbs/03_check.ipynb #0be56418
 AUDIO_SECONDS = 60.  # of sound, from the start, that `examine` decodes
 SILENCE = 1e-3  # largest sample of a track that counts as silent
 UNSEEN = dict(ok=False, reason='', frames=0,  # frames: how many were decoded
               duration=0., length=0., width=0, height=0, has_video=False, has_audio=False,  # duration: s, as the file says; length: s, as its packets say
               audio_seconds=0., audio_peak=0., audio_reason='', sha256='', hashes='')  # audio_reason: why its sound cannot be decoded; hashes: of the frames, hexadecimal
-
-
-def measure_length(
-    path: str | Path, # a media file
-) -> float: # seconds from the first packet to the end of the last
-    "Measure a file's length by its packets, whatever its header says."
-    import av
-    first, last = np.inf, 0.
-    with av.open(str(path)) as container:
-        for packet in container.demux():
-            if packet.pts is None or packet.stream.type not in ('video', 'audio'): continue
-            first, last = min(first, float(packet.pts*packet.time_base)), max(last, float((packet.pts + (packet.duration or 0))*packet.time_base))
-    return max(last - first, 0.) if np.isfinite(first) else 0.
 
 # %% ../nbs/03_check.ipynb #1604ff52
 def examine(
@@ -569,7 +555,7 @@ def plot_leak(
     ax.legend(loc='upper right')
     return ax
 
-# %% ../nbs/03_check.ipynb #4008ea17
+# %% ../nbs/03_check.ipynb #ddcf40e7
 def bench_decode(
     path: str | Path | None = None, # a video; None: one is made, 1280 × 720 at 30 frames per second
     seconds: int = 60, # length of the video that is made
@@ -587,7 +573,7 @@ def bench_decode(
             best[what, name] = min(time.perf_counter() - begin, best.get((what, name), np.inf))
     video = f"{info['duration']:.0f} s of {info['width']} × {info['height']}"
     rows = [dict(what=f'{name}, {what} from {video}', value=round(took, 4), unit='s') for (what, name), took in best.items()]
-    ratios = {f"decord_vs_{name}{'' if 'second' in what else '_5_frames'}": round(took/best[what, 'decord'], 3) for (what, name), took in best.items() if name != 'decord'} if 'decord' in decoders else {}
+    ratios = {f"pyav_vs_{name}{'' if 'second' in what else '_5_frames'}": round(took/best[what, 'pyav'], 3) for (what, name), took in best.items() if name != 'pyav'}
     return dict(name='decode', machine=_machine(decoders), rows=rows, ratios=ratios)
 
 # %% ../nbs/03_check.ipynb #98ed73df

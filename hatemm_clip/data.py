@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'HATEMM_LABELS',
-           'MHC_LABELS', 'READERS', 'SAMPLINGS', 'DECODERS', 'DECORD_FORMATS', 'SR', 'WINDOWS', 'InputError',
-           'write_table', 'read_table', 'file_sha256', 'table_hash', 'parse_spans', 'merge_spans', 'parse_targets',
-           'read_rows', 'read_hatemm', 'read_mhc', 'to_two_classes', 'read_folder', 'read_dataset', 'MediaError',
-           'probe', 'sample_times', 'iter_frames', 'read_frames', 'read_audio', 'probe_clips', 'check_failures',
-           'make_windows', 'frame_hashes', 'near_duplicates', 'find_groups', 'make_splits', 'leaky_snippet',
-           'part_of_clips', 'LeakError', 'leak_audit', 'show_clips', 'prepare_data']
+           'MHC_LABELS', 'READERS', 'LEAST_RATE', 'SAMPLINGS', 'KEY_MARGIN', 'DECODERS', 'SR', 'UNREADABLE', 'WINDOWS',
+           'PARTS', 'InputError', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'parse_spans',
+           'merge_spans', 'parse_targets', 'read_rows', 'read_hatemm', 'read_mhc', 'to_two_classes', 'read_folder',
+           'read_dataset', 'MediaError', 'probe', 'measure_length', 'sample_times', 'iter_frames', 'read_frames',
+           'save_frames', 'read_audio', 'frame_hashes', 'probe_clips', 'check_failures', 'make_windows',
+           'near_duplicates', 'find_groups', 'near_duplicate_texts', 'make_splits', 'read_splits', 'published_splits',
+           'purge_leaks', 'leaky_snippet', 'part_of_clips', 'LeakError', 'leak_audit', 'show_clips', 'prepare_data']
 
-# %% ../nbs/00_data.ipynb #c8722575
+# %% ../nbs/00_data.ipynb #0596c40f
 import csv
 import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +252,7 @@ def read_dataset(
 
 def _digest(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #b7482a78
+# %% ../nbs/00_data.ipynb #378e8368
 class MediaError(InputError):
     "A file that cannot be decoded."
 
@@ -259,8 +262,9 @@ def probe(
 ) -> dict: # format, duration (s), fps, width, height, has_video, has_audio
     "Tell what is in a media file."
     import av
-    if not Path(path).is_file(): raise MediaError(f"{path}: no such file")
-    if not Path(path).stat().st_size: raise MediaError(f"{path}: the file is empty; fetch or export it again")
+    path = Path(path)
+    if not path.is_file(): raise MediaError(f"{path}: no such file")
+    if not path.stat().st_size: raise MediaError(f"{path}: the file is empty; fetch or export it again")
     try:
         with av.open(str(path)) as container:
             video, audio = (container.streams.best(kind) for kind in ('video', 'audio'))
@@ -268,9 +272,26 @@ def probe(
             duration = container.duration/1e6 if container.duration else max(lengths, default=0.)
             info = dict(format=container.format.name, duration=duration, fps=0., width=0, height=0, has_video=video is not None, has_audio=audio is not None)
             if video is not None: info.update(fps=float(video.average_rate or 0), width=video.width, height=video.height)
+        if not 0 < duration <= path.stat().st_size/LEAST_RATE: info['duration'] = measure_length(path)
     except (av.error.FFmpegError, ValueError, OverflowError, AttributeError) as e: raise MediaError(f"{path}: not a readable media file ({_reason(e)}); fetch or export it again") from e
     if video is None and audio is None: raise MediaError(f"{path}: holds neither video nor audio")
     return info
+
+
+LEAST_RATE = 25.  # bytes per second: with fewer, the duration in the header cannot be true
+
+
+def measure_length(
+    path: str | Path, # a media file
+) -> float: # seconds from the first packet to the end of the last
+    "Measure a file's length by its packets, whatever its header says."
+    import av
+    first, last = np.inf, 0.
+    with av.open(str(path)) as container:
+        for packet in container.demux():
+            if packet.pts is None or packet.stream.type not in ('video', 'audio'): continue
+            first, last = min(first, float(packet.pts*packet.time_base)), max(last, float((packet.pts + (packet.duration or 0))*packet.time_base))
+    return max(last - first, 0.) if np.isfinite(first) else 0.
 
 
 def _reason(error): return (str(getattr(error, 'strerror', None) or error) or type(error).__name__).splitlines()[0][:120]
@@ -295,80 +316,76 @@ def sample_times(
     step = 1/fps if sampling == 'fps' and length*fps >= 1 else length/count
     return start + (np.arange(count) + .5)*step
 
-# %% ../nbs/00_data.ipynb #cf6fe2de
-def _decord_chunks(path, wanted, chunk):
-    "Frames on screen at `wanted` times, through decord; `wanted` None: the key frames."
-    import decord
-    decord.logging.set_level(decord.logging.FATAL)
-    reader = decord.VideoReader(path, num_threads=1)
-    begins = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-    begins, turns = begins - begins[0], _rotation(path)//90
-    index = np.array(reader.get_key_indices()) if wanted is None else np.clip(np.searchsorted(begins, wanted, side='right') - 1, 0, len(begins) - 1)
-    times = begins[index] if wanted is None else wanted
-    for i in range(0, len(index), chunk):
-        unique, back = np.unique(index[i:i+chunk], return_inverse=True)
-        yield np.rot90(reader.get_batch(unique).asnumpy()[back], turns, axes=(1, 2)), times[i:i+chunk]
-
-
-def _rotation(path):
-    import av
-    with av.open(path) as container: return getattr(next(container.decode(container.streams.best('video'))), 'rotation', 0)
-
-# %% ../nbs/00_data.ipynb #9df01e6a
-def _av_chunks(path, wanted, chunk):
-    "The same through PyAV, which decodes frame after frame."
-    frames, times = [], []
-    for frame, at in _av_frames(path, wanted):
-        frames.append(frame); times.append(at)
-        if len(frames) == chunk:
-            yield np.stack(frames), np.array(times)
-            frames, times = [], []
-    if frames: yield np.stack(frames), np.array(times)
-
-
-def _av_frames(path, wanted):
+# %% ../nbs/00_data.ipynb #86346c4f
+def _av_frames(path, wanted, jump=True):
     "One (frame, time) after the other; every wanted time gets the frame on screen then."
     import av
-    done, shown = 0, None
     with av.open(path) as container:
         stream = container.streams.best('video')
-        if wanted is None: stream.codec_context.skip_frame = 'NONKEY'
-        begin = None
-        for number, frame in enumerate(container.decode(stream)):
-            at = frame.time if frame.time is not None else number/float(stream.average_rate or 25)
-            begin = at if begin is None else begin
-            if wanted is None: yield _upright(frame), at - begin
-            else:
-                while done < len(wanted) and wanted[done] < at - begin:
-                    yield _upright(shown or frame), wanted[done]
-                    done += 1
-                if done == len(wanted): return
-            shown = frame
+        keys = _key_times(stream) if jump else np.zeros(0)
+        frames = _timed_frames(container, stream)
+        shown, begin = next(frames, (None, 0.))
         if shown is None: raise MediaError(f"{path}: no frame can be decoded; fetch or export it again")
-        for at in wanted[done:] if wanted is not None else (): yield _upright(shown), at
+        ahead = next(frames, None)
+        for done, time in enumerate(wanted):
+            target = begin + time
+            key = keys[keys <= target - KEY_MARGIN].max(initial=-np.inf)
+            if ahead is not None and key > ahead[1]:
+                container.seek(int(key/stream.time_base), stream=stream)
+                frames = _timed_frames(container, stream)
+                ahead = next(frames, None)
+                if ahead is None or ahead[1] > target:  # the index is wrong
+                    yield from _av_frames(path, wanted[done:], jump=False)
+                    return
+            while ahead is not None and ahead[1] <= target: shown, ahead = ahead[0], next(frames, None)
+            yield _upright(shown), time
+
+# %% ../nbs/00_data.ipynb #b48dc30f
+KEY_MARGIN = .5  # s: an index tells when a key frame is decoded, which is a little before it is shown
+
+
+def _key_times(stream):
+    "When the key frames come, by the file's index, s; empty where it has none."
+    return np.array([float(e.timestamp*stream.time_base) for e in getattr(stream, 'index_entries', ()) if e.is_keyframe])  # PyAV before 17 tells no index
+
+
+def _timed_frames(container, stream):
+    "Decoded frames with their times in the file, s."
+    for number, frame in enumerate(container.decode(stream)):
+        yield frame, frame.time if frame.time is not None else number/float(stream.average_rate or 25)
+
+
+def _av_key_frames(path):
+    "The key frames alone."
+    import av
+    with av.open(path) as container:
+        stream, begin = container.streams.best('video'), None
+        stream.codec_context.skip_frame = 'NONKEY'
+        for frame, time in _timed_frames(container, stream):
+            begin = time if begin is None else begin
+            yield _upright(frame), time - begin
 
 
 def _upright(frame):
     "An RGB array, turned as the file's rotation says; grey, 10-bit and alpha become 8-bit RGB."
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format='rgb24'), getattr(frame, 'rotation', 0)//90))
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation//90))
 
-# %% ../nbs/00_data.ipynb #3ee851ef
-DECODERS = ('auto', 'decord', 'pyav')
-DECORD_FORMATS = {'mov', 'mp4', 'matroska', 'webm'}
+# %% ../nbs/00_data.ipynb #4a862cc7
+def _decord_frames(path, wanted, chunk):
+    "The same through decord; `wanted` None: the key frames."
+    import decord
+    decord.logging.set_level(decord.logging.FATAL)
+    reader = decord.VideoReader(path, num_threads=1)
+    begins = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+    begins = begins - begins[0]
+    index = np.array(reader.get_key_indices()) if wanted is None else np.clip(np.searchsorted(begins, wanted, side='right') - 1, 0, len(begins) - 1)
+    times = begins[index] if wanted is None else wanted
+    for i in range(0, len(index), chunk):
+        unique, back = np.unique(index[i:i+chunk], return_inverse=True)
+        yield from zip(reader.get_batch(unique).asnumpy()[back], times[i:i+chunk])
 
-
-def _chunks(path, wanted, decoder, chunk):
-    "Chunks from decord as far as it gets, the rest from PyAV."
-    done = 0
-    if decoder != 'pyav':
-        try:
-            for frames, times in _decord_chunks(path, wanted, chunk):
-                yield frames, times
-                done += len(times)
-            return
-        except Exception:
-            if decoder == 'decord' or wanted is None and done: raise
-    yield from _av_chunks(path, wanted if wanted is None else wanted[done:], chunk)
+# %% ../nbs/00_data.ipynb #693e7f68
+DECODERS = ('pyav', 'decord')
 
 
 def iter_frames(
@@ -379,7 +396,7 @@ def iter_frames(
     start: float = 0., # s
     end: float | None = None, # s; None: the end of the file
     seed: int = 0, # for `random`
-    decoder: str = 'auto', # one of DECODERS
+    decoder: str = 'pyav', # one of DECODERS
     chunk: int = 16, # frames at once: what bounds the memory
 ): # yields frames, uint8 (≤ chunk, H, W, 3), and their times, float (≤ chunk,), seconds
     "Decode the frames that a sampling rule asks for, a chunk at a time."
@@ -388,11 +405,13 @@ def iter_frames(
     if not info['has_video']: raise MediaError(f"{path}: holds no video, only audio")
     end = info['duration'] if end is None else min(end, info['duration'] or end)
     wanted = None if sampling == 'keyframes' else sample_times(start, end, sampling, fps, n, seed)
-    if decoder == 'auto' and not DECORD_FORMATS & set(info['format'].split(',')): decoder = 'pyav'
+    if decoder == 'decord': frames = _decord_frames(str(path), wanted, chunk)
+    else: frames = _av_key_frames(str(path)) if wanted is None else _av_frames(str(path), wanted)
+    if wanted is None: frames = ((frame, time) for frame, time in frames if start <= time < end)
     try:
-        for frames, times in _chunks(str(path), wanted, decoder, chunk):
-            inside = (times >= start) & (times < end) if wanted is None else np.ones(len(times), bool)
-            if inside.any(): yield frames[inside], times[inside]
+        while found := list(islice(frames, chunk)):
+            pictures, times = zip(*found)
+            yield np.stack(pictures), np.array(times)
     except MediaError: raise
     except Exception as e: raise MediaError(f"{path}: the video cannot be decoded ({_reason(e)}); fetch or export it again") from e
 
@@ -407,7 +426,24 @@ def read_frames(
     frames, times = zip(*chunks)
     return np.concatenate(frames), np.concatenate(times)
 
-# %% ../nbs/00_data.ipynb #50d908b3
+# %% ../nbs/00_data.ipynb #113584b8
+def save_frames(
+    path: str | Path, # a video
+    folder: str | Path, # gets STEM_0000.500s.jpg and so on
+    quality: int = 90, # of the JPEG, 1 to 95
+    **sampling, # as for `iter_frames`
+) -> list[Path]: # the files, in the order of their times
+    "Write the frames of a clip as JPEG files."
+    from PIL import Image
+    folder, saved = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for frames, times in iter_frames(path, **sampling):
+        for frame, time in zip(frames, times):
+            saved.append(folder/f'{Path(path).stem}_{time:08.3f}s.jpg')
+            Image.fromarray(frame).save(saved[-1], quality=quality)
+    return saved
+
+# %% ../nbs/00_data.ipynb #f8679fa0
 SR = 16_000  # Hz
 
 
@@ -420,34 +456,53 @@ def read_audio(
     "Decode the sound of a clip."
     import av
     if not probe(path)['has_audio']: return np.zeros(0, np.float32)
-    blocks, resampler = [], av.AudioResampler(format='flt', layout='mono', rate=sr)
-    stop = np.inf if end is None else end*sr
+    first, stop = round(start*sr), np.inf if end is None else round(end*sr)
+    blocks, have, resampler = [], 0, av.AudioResampler(format='s16', layout='mono', rate=sr)  # as Whisper's own loader
     try:
         with av.open(str(path)) as container:
-            stream, have = container.streams.best('audio'), 0
-            for frame in container.decode(stream):
-                for block in resampler.resample(frame): blocks.append(block.to_ndarray()[0]); have += blocks[-1].size
+            for frame in chain(container.decode(container.streams.best('audio')), [None]):
+                for block in resampler.resample(frame):
+                    samples = block.to_ndarray()[0]
+                    if have < stop and have + samples.size > first: blocks.append(samples[max(first - have, 0):None if end is None else stop - have])
+                    have += samples.size
                 if have >= stop: break
-            else: blocks += [block.to_ndarray()[0] for block in resampler.resample(None)]
     except (av.error.FFmpegError, ValueError) as e:
-        if not blocks: raise MediaError(f"{path}: the sound cannot be decoded ({_reason(e)}); fetch or export it again") from e
-    audio = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    return np.ascontiguousarray(audio[round(start*sr):None if end is None else round(end*sr)], np.float32)
+        if not have: raise MediaError(f"{path}: the sound cannot be decoded ({_reason(e)}); fetch or export it again") from e
+    return (np.concatenate(blocks) if blocks else np.zeros(0)).astype(np.float32)/2**15
 
-# %% ../nbs/00_data.ipynb #71e2e74a
+# %% ../nbs/00_data.ipynb #8f435a04
+def frame_hashes(
+    path: str | Path, # a video
+    n: int = 5, # frames, evenly spread
+) -> np.ndarray: # bool, shape (n, 64)
+    "Perceptual hashes of a few frames."
+    import imagehash
+    from PIL import Image
+    frames, _ = read_frames(path, sampling='uniform', n=n)
+    return np.stack([imagehash.phash(Image.fromarray(f)).hash.ravel() for f in frames])
+
+# %% ../nbs/00_data.ipynb #75330808
+UNREADABLE = dict(duration=0., fps=0., width=0, height=0, has_audio=False, sha256='', hashes=None)
+
+
+def _look(path):
+    "What `probe_clips` tells of one file."
+    try:
+        info = probe(path)
+        if not info['has_video']: raise MediaError(f"{path}: holds no video, only audio")
+        length = measure_length(path)
+        if length and abs(info['duration'] - length) > 1 + .1*length: info['duration'] = length
+        return {k: info[k] for k in UNREADABLE if k in info} | dict(sha256=file_sha256(path), hashes=frame_hashes(path), error='')
+    except MediaError as e: return dict(UNREADABLE, error=str(e))
+
+
 def probe_clips(
     videos: pd.DataFrame, # from `read_dataset`
-    progress: bool = True,
-) -> pd.DataFrame: # the same rows with duration, fps, width, height, has_audio, sha256 and `error`
+    workers: int = 2, # threads
+) -> pd.DataFrame: # the same rows with duration, fps, width, height, has_audio, sha256, hashes (bool, (5, 64)) and `error`
     "Look into every file of a data set."
-    rows = []
-    for path in tqdm(videos.path, desc='probe', unit='video', disable=None if progress else True):
-        try:
-            info = probe(path)
-            if not info['has_video']: raise MediaError(f"{path}: holds no video, only audio")
-            rows.append(dict({k: info[k] for k in ('duration', 'fps', 'width', 'height', 'has_audio')}, sha256=file_sha256(path), error=''))
-        except MediaError as e: rows.append(dict(duration=0., fps=0., width=0, height=0, has_audio=False, sha256='', error=str(e)))
-    return videos.reset_index(drop=True).join(pd.DataFrame(rows))
+    with ThreadPoolExecutor(workers) as pool: looks = list(tqdm(pool.map(_look, videos.path), total=len(videos), desc='probe', unit='video', disable=None))
+    return videos.reset_index(drop=True).join(pd.DataFrame(looks))
 
 
 def check_failures(
@@ -508,18 +563,7 @@ def _oracle_rule(videos, gap, seed):
         return [(start, min(start + length, video.duration) if video.duration else start + length)]
     return rule
 
-# %% ../nbs/00_data.ipynb #fc320128
-def frame_hashes(
-    path: str | Path, # a video
-    n: int = 5, # frames, evenly spread
-) -> np.ndarray: # bool, shape (n, 64)
-    "Perceptual hashes of a few frames."
-    import imagehash
-    from PIL import Image
-    frames, _ = read_frames(path, sampling='uniform', n=n)
-    return np.stack([imagehash.phash(Image.fromarray(f)).hash.ravel() for f in frames])
-
-
+# %% ../nbs/00_data.ipynb #1bdf836d
 def near_duplicates(
     hashes: np.ndarray, # bool, shape (N, n, 64)
     max_bits: float = 5., # mean bits a frame that may differ, of 64
@@ -563,6 +607,27 @@ def find_groups(
     first = videos.video_id.groupby(component).transform(lambda ids: _digest(min(ids)))
     return pd.Series(first.values, index=videos.video_id, name='group')
 
+# %% ../nbs/00_data.ipynb #4f1622ba
+def near_duplicate_texts(
+    texts: dict[str, str], # video_id → transcript
+    similarity: float = .6, # Jaccard index of their runs of five words, at least
+    min_words: int = 20, # different words that a text needs to count
+) -> list[tuple[str, str]]: # pairs of video_ids
+    "Find transcripts that are nearly the same."
+    from datasketch import MinHash, MinHashLSH
+    shingles = {}
+    for name, text in texts.items():
+        words = re.findall(r'\w+', text.lower())
+        if len(set(words)) >= min_words: shingles[name] = {' '.join(words[i:i+5]) for i in range(max(len(words) - 4, 1))}
+    index, pairs = MinHashLSH(threshold=.8*similarity, num_perm=128), []
+    for name, runs in shingles.items():
+        sketch = MinHash(128)
+        sketch.update_batch([run.encode() for run in runs])
+        for other in index.query(sketch):
+            if len(runs & shingles[other]) >= similarity*len(runs | shingles[other]): pairs.append((other, name))
+        index.insert(name, sketch)
+    return sorted(pairs)
+
 # %% ../nbs/00_data.ipynb #71f41a8b
 def make_splits(
     videos: pd.DataFrame, # video_id, label
@@ -583,6 +648,47 @@ def make_splits(
     tables = [pd.DataFrame(dict(protocol=f'grouped_{folds}fold', fold=k, video_id=videos.video_id, group=group,
                                 part=np.select([dealt == k, dealt == (k + 1) % folds], ['test', 'val'], 'train'))) for k in range(folds)]
     return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/00_data.ipynb #c7486052
+PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'test': 'test'}
+
+
+def read_splits(
+    path: str | Path, # .csv, .tsv or .jsonl with video_id, part and perhaps fold; or .npz with ids (N,) and split (K, N)
+    groups: pd.Series, # group by video_id
+    protocol: str = 'published', # its name: paper_5fold, say
+) -> pd.DataFrame: # SPLITS
+    "Read a published split."
+    path = Path(path)
+    if path.suffix == '.npz':
+        with np.load(path, allow_pickle=False) as file: rows = [dict(fold=k, video_id=i, part=p) for k, parts in enumerate(file['split'].astype(str)) for i, p in zip(file['ids'].astype(str), parts)]
+    else: rows = read_rows(path, ['video_id', 'part'])
+    return published_splits(pd.DataFrame(rows), groups, protocol, where=path)
+
+
+def published_splits(
+    rows: pd.DataFrame, # video_id, part and perhaps fold
+    groups: pd.Series, # group by video_id
+    protocol: str = 'published',
+    where: str | Path = 'the published split', # for messages
+) -> pd.DataFrame: # SPLITS
+    "Put a published split into the form of ours."
+    odd = sorted(set(rows.part) - set(PARTS))
+    if odd: raise InputError(f"{where}: part is {odd[0]!r}; expected one of {', '.join(PARTS)}")
+    strange, absent = sorted(set(rows.video_id) - set(groups.index)), sorted(set(groups.index) - set(rows.video_id))
+    if strange: raise InputError(f"{where}: {strange[0]} is not among the videos ({len(strange)} such); fetch them, or take their rows out")
+    if absent: raise InputError(f"{where}: says nothing of {absent[0]} ({len(absent)} such); give every video a part")
+    fold = pd.to_numeric(rows.fold).astype(int) if 'fold' in rows else 0
+    return pd.DataFrame(dict(protocol=protocol, fold=fold, video_id=rows.video_id, group=rows.video_id.map(groups), part=rows.part.map(PARTS))).sort_values(['fold', 'video_id'], ignore_index=True)
+
+
+def purge_leaks(
+    splits: pd.DataFrame, # SPLITS
+) -> tuple[pd.DataFrame, int]: # SPLITS without leaks; how many rows went
+    "Take from train and val what belongs together with something in test, and from train what does with val."
+    rank = splits.part.map({'train': 0, 'val': 1, 'test': 2})
+    kept = rank == rank.groupby([splits.fold, splits.group]).transform('max')
+    return splits[kept].reset_index(drop=True), int((~kept).sum())
 
 # %% ../nbs/00_data.ipynb #03174212
 def leaky_snippet(
@@ -649,7 +755,7 @@ def show_clips(
         ax.axis('off')
     return axes[0]
 
-# %% ../nbs/00_data.ipynb #6e37753f
+# %% ../nbs/00_data.ipynb #737dd535
 def prepare_data(
     dataset: str, # a key of READERS
     data_dir: str | Path, # its folder
@@ -659,20 +765,39 @@ def prepare_data(
     stride: float = 15., # s, for `sliding`
     folds: int = 5,
     seed: int = 0,
+    split: str = 'grouped', # `grouped`: our folds; `published`: the data set's own parts; or a file for `read_splits`
+    transcripts: str = '', # a .json of video_id → text: near-duplicate speech stays together, too
     max_failed: float = .01, # share of videos that may be unreadable
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # clips, splits
     "Run the stage: from a data set's folder to `clips` and `splits`."
     videos = probe_clips(read_dataset(dataset, data_dir))
     failed = check_failures(videos.error, f'00_data on {data_dir}', max_failed)
     good = videos[videos.error == ''].reset_index(drop=True)
-    hashes = {v.video_id: frame_hashes(v.path) for v in tqdm(list(good.itertuples()), desc='hash', unit='video', disable=None)}
-    groups = find_groups(good, hashes)
-    clips, splits = make_windows(good, window, length, stride, seed=seed), make_splits(good, groups, folds, seed)
+    groups = find_groups(good, dict(zip(good.video_id, good.hashes)), near_duplicate_texts(_texts(good, transcripts)))
+    clips, splits, purged = make_windows(good, window, length, stride, seed=seed), *_splits(good, groups, split, folds, seed)
     audit = leak_audit(splits, groups)
     inputs = table_hash(videos[['video_id', 'label', 'sha256']])
     keep = ['clip_id', 'video_id', 'dataset', 'path', 'start', 'end', 'label', 'label_name', 'targets', 'spans', 'duration', 'fps', 'width', 'height', 'has_audio', 'sha256', 'overlap']
     write_table(clips[keep], Path(out_dir)/'clips.parquet', CLIPS, inputs, dataset=dataset, window=window, length=length, stride=stride, seed=seed)
-    write_table(splits, Path(out_dir)/'splits.parquet', SPLITS, inputs, seed=seed, **audit)
+    write_table(splits, Path(out_dir)/'splits.parquet', SPLITS, inputs, seed=seed, purged=purged, **audit)
     if failed: videos[videos.error != ''][['video_id', 'error']].to_csv(Path(out_dir)/'failed_videos.csv', index=False)
-    print(f"{len(clips)} clips of {len(good)} videos in {audit['groups']} groups (largest {audit['largest_group']}), {failed} failed")
+    print(f"{len(clips)} clips of {len(good)} videos in {audit['groups']} groups (largest {audit['largest_group']}), {failed} failed" + (f"; {purged} rows purged from the published split" if purged else ''))
     return clips, splits
+
+
+def _splits(videos, groups, split, folds, seed):
+    "The splits that were asked for, and how many rows had to go."
+    if split == 'grouped': return make_splits(videos, groups, folds, seed), 0
+    if split != 'published': return purge_leaks(read_splits(split, groups, Path(split).stem))
+    if 'part' not in videos: raise InputError(f"split is 'published', but {videos.dataset[0]} comes without one; take 'grouped' or name a file")
+    return purge_leaks(published_splits(videos[['video_id', 'part']], groups))
+
+
+def _texts(videos, transcripts):
+    "What is known to be said in each video before anything is transcribed."
+    if not transcripts: return dict(zip(videos.video_id, videos.text.fillna(''))) if 'text' in videos else {}
+    path = Path(transcripts)
+    if not path.is_file(): raise InputError(f"{path}: no such file; transcripts takes a .json of video_id and text")
+    try: texts = json.loads(path.read_text(encoding='utf-8'))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise InputError(f"{path}: not JSON ({e}); transcripts takes a .json of video_id and text") from e
+    return {v: texts[v] for v in videos.video_id if isinstance(texts.get(v), str)}

@@ -281,7 +281,7 @@ def speak(
     if done.returncode: raise RuntimeError(f'eSpeak NG failed on “{text}”: {done.stderr.decode(errors="replace").strip()[-200:]}')
     return np.frombuffer(done.stdout, np.int16).astype(np.float32) / 32768
 
-# %% ../nbs/01_demo.ipynb #d2108bce
+# %% ../nbs/01_demo.ipynb #486690dc
 def write_video(
     path: str | Path, # .mp4
     frames, # iterable of uint8 RGB arrays, shape (H, W, 3), H and W even
@@ -289,6 +289,7 @@ def write_video(
     audio: np.ndarray | None = None, # mono float32, shape (samples,); None: no audio track
     sr: int = SPEECH_SR, # Hz
     crf: int = 27, # x264's constant rate factor: 0 lossless … 51 worst
+    gop: int = 250, # frames from one key frame to the next, at most
 ) -> Path: # `path`
     "Encode frames and audio, atomically."
     import av
@@ -299,7 +300,7 @@ def write_video(
         if audio is not None: sound = out.add_stream('aac', rate=sr, layout='mono', bit_rate=48_000)
         for frame in frames:
             if video is None:
-                video = out.add_stream('libx264', rate=fps, options=dict(crf=str(crf), preset='ultrafast', threads='1'))
+                video = out.add_stream('libx264', rate=fps, options=dict(crf=str(crf), preset='ultrafast', threads='1', g=str(gop)))
                 video.width, video.height, video.pix_fmt = frame.shape[1], frame.shape[0], 'yuv420p'
             out.mux(video.encode(av.VideoFrame.from_ndarray(frame, format='rgb24').reformat(format='yuv420p')))
         if video is not None: out.mux(video.encode(None))
