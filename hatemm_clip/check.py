@@ -8,7 +8,7 @@ __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'AUDIO_SECONDS', 'SILENC
            'decode_safely', 'decode_all', 'write_broken', 'media_faults', 'duplicate_faults', 'file_faults',
            'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak', 'bench_decode']
 
-# %% ../nbs/03_check.ipynb #03a561cc
+# %% ../nbs/03_check.ipynb #58631615
 import json
 import os
 import platform
@@ -28,10 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from .data import (SR, InputError, MediaError, file_sha256, frame_hashes, iter_frames, measure_length, merge_spans, near_duplicates,
-                              probe, read_audio, read_dataset, read_frames, read_table, sample_times)
+                              probe, progress, read_audio, read_dataset, read_frames, read_table, sample_times)
 
 # %% ../nbs/03_check.ipynb #88265e28
 CHECKS = dict(
@@ -266,7 +265,7 @@ def decode_safely(
     "Examine one file where it can do no harm."
     with SafeDecoder(timeout, max_memory) as decoder: return decoder(path, **options)
 
-# %% ../nbs/03_check.ipynb #cbd0ab47
+# %% ../nbs/03_check.ipynb #a61d848c
 def decode_all(
     paths: list, # media files
     timeout: float = 30., # seconds a file
@@ -284,7 +283,7 @@ def decode_all(
         finally: idle.put(decoder)
 
     pool = ThreadPoolExecutor(len(decoders))
-    try: return list(tqdm(pool.map(decode, paths), total=len(paths), desc='decode', unit='file', disable=None))
+    try: return list(progress(pool.map(decode, paths), total=len(paths), desc='decode', unit='file'))
     finally:
         pool.shutdown(cancel_futures=True)
         for decoder in decoders: decoder.close()

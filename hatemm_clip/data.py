@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'HATEMM_LABELS',
            'MHC_LABELS', 'READERS', 'LEAST_RATE', 'SAMPLINGS', 'KEY_MARGIN', 'DECODERS', 'SR', 'UNREADABLE', 'WINDOWS',
-           'PARTS', 'InputError', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'parse_spans',
+           'PARTS', 'InputError', 'progress', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'parse_spans',
            'merge_spans', 'parse_targets', 'read_rows', 'read_hatemm', 'read_mhc', 'to_two_classes', 'read_folder',
            'read_dataset', 'MediaError', 'probe', 'measure_length', 'sample_times', 'iter_frames', 'read_frames',
            'save_frames', 'read_audio', 'frame_hashes', 'probe_clips', 'check_failures', 'make_windows',
            'near_duplicates', 'find_groups', 'near_duplicate_texts', 'make_splits', 'read_splits', 'published_splits',
            'purge_leaks', 'leaky_snippet', 'part_of_clips', 'LeakError', 'leak_audit', 'show_clips', 'prepare_data']
 
-# %% ../nbs/00_data.ipynb #0596c40f
+# %% ../nbs/00_data.ipynb #6eaaafd7
 import csv
 import hashlib
 import json
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +32,15 @@ from tqdm import tqdm
 # %% ../nbs/00_data.ipynb #f2069ded
 class InputError(ValueError):
     "Bad input, told in one line: the file, the value, the way out."
+
+# %% ../nbs/00_data.ipynb #970d7a80
+def progress(
+    items=None, # an iterable; None: the caller calls `update`
+    **options, # as for tqdm: total, desc, unit
+) -> tqdm:
+    "A progress bar where somebody watches."
+    watched = sys.stderr.isatty() or os.environ.keys() & {'JPY_SESSION_NAME', 'HATEMM_PROGRESS'}  # the first is set by JupyterLab
+    return tqdm(items, disable=not watched, mininterval=.5, dynamic_ncols=True, **options)
 
 # %% ../nbs/00_data.ipynb #49477895
 CLIPS = pa.schema([
@@ -481,7 +491,7 @@ def frame_hashes(
     frames, _ = read_frames(path, sampling='uniform', n=n)
     return np.stack([imagehash.phash(Image.fromarray(f)).hash.ravel() for f in frames])
 
-# %% ../nbs/00_data.ipynb #75330808
+# %% ../nbs/00_data.ipynb #7622326f
 UNREADABLE = dict(duration=0., fps=0., width=0, height=0, has_audio=False, sha256='', hashes=None)
 
 
@@ -501,7 +511,7 @@ def probe_clips(
     workers: int = 2, # threads
 ) -> pd.DataFrame: # the same rows with duration, fps, width, height, has_audio, sha256, hashes (bool, (5, 64)) and `error`
     "Look into every file of a data set."
-    with ThreadPoolExecutor(workers) as pool: looks = list(tqdm(pool.map(_look, videos.path), total=len(videos), desc='probe', unit='video', disable=None))
+    with ThreadPoolExecutor(workers) as pool: looks = list(progress(pool.map(_look, videos.path), total=len(videos), desc='probe', unit='video'))
     return videos.reset_index(drop=True).join(pd.DataFrame(looks))
 
 

@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'VEGETABLES', 'RUBBISH', 'SUBJECTS', 'SIGNS', 'TOPICS', 'EM
            'draw_scene', 'describe', 'random_sentence', 'speak', 'write_video', 'Look', 'Plan', 'plan_video',
            'plan_corpus', 'make_audio', 'make_frames', 'hateful_spans', 'make_corpus', 'read_truth']
 
-# %% ../nbs/01_demo.ipynb #5c1edc9c
+# %% ../nbs/01_demo.ipynb #99ca43c2
 import csv
 import hashlib
 import json
@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from .data import InputError
+from .data import InputError, progress
 
 # %% ../nbs/01_demo.ipynb #7c9d2f65
 GROUPS = {'blue hats': 'hat', 'green scarves': 'scarf', 'purple capes': 'cape', 'orange boots': 'boots', 'pink ribbons': 'ribbon', 'yellow belts': 'belt'}
@@ -489,7 +488,7 @@ def _truth(name, plan, spans, sentences):
     return dict(video_file_name=name, label=plan.label, cause=plan.cause, lookalike=plan.lookalike, topic=plan.look.topic, emotion=plan.look.emotion,
                 group=plan.group, voice=plan.look.voice, spans=spans, sentences=sentences, scenes=scenes)
 
-# %% ../nbs/01_demo.ipynb #be8eb9f4
+# %% ../nbs/01_demo.ipynb #00afbf52
 CORPUS_VERSION = 1  # raise it when the grammar or the drawing changes, so that no old corpus passes for a new one
 
 
@@ -515,7 +514,7 @@ def make_corpus(
         raise InputError(f'{out_dir} holds the demo corpus {found}, asked for {wanted}; name another folder or delete it')
     if (out_dir/'HateMM_annotation.csv').exists(): raise InputError(f'{out_dir} holds another data set; name a new folder for the demo corpus')
     rows, truth = [], []
-    for i, (plan, name) in enumerate(tqdm(list(zip(plans, _file_names(plans))), desc='demo videos', unit='video', disable=None)):
+    for i, (plan, name) in enumerate(progress(list(zip(plans, _file_names(plans))), desc='demo videos', unit='video')):
         path = out_dir/('hate_videos' if plan.label else 'non_hate_videos')/name
         audio, sentences = make_audio(plan)
         if not path.exists():

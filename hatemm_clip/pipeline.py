@@ -6,10 +6,11 @@
 __all__ = ['STAGES', 'FLAGS', 'app', 'JSON', 'BENCHES', 'stage_parameters', 'read_params', 'stage_keys', 'runnable',
            'run_pipeline', 'main', 'demo', 'fetch', 'run', 'score', 'check', 'crossval', 'bench', 'report']
 
-# %% ../nbs/95_pipeline.ipynb #b208288c
+# %% ../nbs/95_pipeline.ipynb #1127de2e
 import difflib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -115,7 +116,7 @@ def _data_hash(data_dir):
     files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
-# %% ../nbs/95_pipeline.ipynb #035cf5a5
+# %% ../nbs/95_pipeline.ipynb #bbc75772
 def runnable(
     notebook: str | Path,
 ):  # a notebook node
@@ -139,11 +140,18 @@ def _execute(stage, notebooks, out, parameters):
     nbformat.write(runnable(notebooks/f'{stage}.ipynb'), source)
     try:
         with tempfile.TemporaryDirectory() as sockets:  # the kernel is spoken to through files there, not through open ports
-            papermill.execute_notebook(str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False,
+            papermill.execute_notebook(str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False, stderr_file=_terminal(),
                                        config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
     except papermill.PapermillExecutionError as e: _fail(f"{stage} failed: {e.ename}: {str(e.evalue).strip().splitlines()[0] if str(e.evalue).strip() else ''}; see {target}")
     finally: source.unlink(missing_ok=True)
     return _summary(nbformat.read(target, 4))
+
+
+def _terminal():
+    "Where the stages' progress bars go: the terminal, where there is one."
+    if not sys.stderr.isatty(): return None
+    os.environ['HATEMM_PROGRESS'] = '1'
+    return sys.stderr
 
 
 def _summary(nb):
@@ -228,7 +236,7 @@ def _run_stages(params, notebooks, out, only, start, force, echo):
         echo(f'{stage:<12} {seconds:6.1f} s  {summary}')
     return out
 
-# %% ../nbs/95_pipeline.ipynb #e03a374d
+# %% ../nbs/95_pipeline.ipynb #2775027a
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='From a folder of short videos to a hateful-video detector whose numbers you can believe.')
 JSON = typer.Option(None, '--json', metavar='FILE', help='Write the result as JSON; - is standard output.')
@@ -236,7 +244,7 @@ JSON = typer.Option(None, '--json', metavar='FILE', help='Write the result as JS
 
 def _emit(result, file):
     "Write a result as JSON to a file or to standard output."
-    text = json.dumps(result, indent=1, allow_nan=True)
+    text = json.dumps(_plain(result), indent=1, allow_nan=False)
     if file == '-': print(text)
     elif file:
         path = Path(file)
@@ -244,6 +252,13 @@ def _emit(result, file):
         part = path.with_name(f'.{path.name}.part')
         part.write_text(text + '\n', encoding='utf-8')
         os.replace(part, path)
+
+
+def _plain(value):
+    "What JSON can hold: a number that is not one becomes null."
+    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main():

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Scorer', 'score_files', 'format_scores']
 
-# %% ../nbs/90_serve.ipynb #459c0c73
+# %% ../nbs/90_serve.ipynb #644555b7
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .asr import load_asr
-from .data import InputError, MediaError, probe, read_audio
+from .data import InputError, MediaError, probe, progress, read_audio
 from .embed import (Features, embed_images, encode_texts, load_encoder, text_windows)
 from .fusion import explain, load_bundle
 
@@ -73,16 +73,15 @@ def _one_clip(arrays, times, dim):
     times = {m: np.asarray(t, np.float32)[None] if len(t) else np.zeros((1, 1), np.float32) for m, t in times.items()}
     return Features(np.array(['clip']), np.array([0]), padded, masks, np.array(['clip']), times=times)
 
-# %% ../nbs/90_serve.ipynb #a9a72697
+# %% ../nbs/90_serve.ipynb #a5ad2294
 def score_files(
     bundle: str | Path, # a bundle's folder
     files: list, # videos
     device: str = 'auto',
 ) -> list[dict]: # a row a file, as `Scorer.score` gives it
     "Score files with a bundle."
-    from tqdm import tqdm
     scorer = Scorer(bundle, device)
-    return [scorer.score(f) for f in tqdm(files, desc='score', unit='file', disable=None)]
+    return [scorer.score(f) for f in progress(files, desc='score', unit='file')]
 
 
 def format_scores(

@@ -6,7 +6,7 @@
 __all__ = ['ASSETS', 'NAME', 'TAG', 'PREPROCESS', 'SPOKEN', 'PROMPTS', 'register_tiny', 'spoken_text', 'misheard', 'ScenePairs',
            'clip_loss', 'train_tiny', 'encode_prompts']
 
-# %% ../nbs/15_tiny_clip.ipynb #438f59a2
+# %% ../nbs/15_tiny_clip.ipynb #a3f16519
 import json
 import math
 import os
@@ -16,9 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from .data import InputError
+from .data import InputError, progress
 from .demo import (CAPTIONS, EMOTIONS, SIGN_WORDS, PLACE_WORDS, SIGNS, SUBJECTS, TOPICS, Scene, describe,
                               draw_part, draw_scene, random_scene, random_sentence)
 
@@ -101,7 +100,7 @@ def clip_loss(
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
 
-# %% ../nbs/15_tiny_clip.ipynb #d03a2d09
+# %% ../nbs/15_tiny_clip.ipynb #0ae4af8b
 def _collate(items):
     images, texts, _ = zip(*items)
     return torch.from_numpy(np.stack(images)), list(texts)
@@ -128,7 +127,7 @@ def train_tiny(
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s/(steps/10), 1)*(1 + math.cos(math.pi*s/steps))/2)
     losses = []
-    for images, texts in tqdm(loader, desc='train', unit='step', disable=None):
+    for images, texts in progress(loader, desc='train', unit='step'):
         tokens = tokenizer(texts)
         image_features, text_features, scale = model(_to_input(images), tokens[:, :int((tokens != 0).sum(1).max())])[:3]
         loss = clip_loss(image_features, text_features, scale)
