@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'
-os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1')
+os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1', OMP_NUM_THREADS='1')  # two test processes share the cores
 
 
 @pytest.fixture(scope='session')

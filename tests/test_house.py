@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from hatemm_clip.data import cell_flag, leave_out_flagged
+
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 BIN = sys.executable.rsplit('/', 1)[0]
 
@@ -50,6 +52,28 @@ def test_notebook_is_fit_to_show(file):
             text = json.dumps({k: v for k, v in output.items() if k != 'data'}) + ''.join(json.dumps(v) for k, v in output.get('data', {}).items() if k.startswith('text/plain'))
             assert not debris.search(text), f"{file.name}: debris in an output of the cell {''.join(cell['source'])[:60]!r}"
     if file.name[0].isdigit(): assert any('parameters' in c['metadata'].get('tags', []) for c in nb['cells']), f'{file.name} has no parameters cell'
+
+
+@pytest.mark.parametrize('file', NOTEBOOKS, ids=lambda f: f.stem)
+def test_run_all_leaves_flagged_cells_out(file):
+    sources = [''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code']
+    flagged = [i for i, source in enumerate(sources) if cell_flag(source)]
+    asked = [i for i, source in enumerate(sources) if source.endswith('\nleave_out_flagged()')]
+    assert not flagged or asked and asked[0] < flagged[0], f'{file.name} has flagged cells and does not call leave_out_flagged before them'
+
+
+def test_flagged_cells_say_how_to_run(monkeypatch, capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell.instance()
+    leave_out_flagged()
+    leave_out_flagged()
+    monkeypatch.delenv('HATEMM_CELLS', raising=False)
+    shell.run_cell('#| slow\nran = 1')
+    assert 'ran' not in shell.user_ns and capsys.readouterr().out.count('%env HATEMM_CELLS=slow') == 1
+    monkeypatch.setenv('HATEMM_CELLS', 'slow')
+    shell.run_cell('#| slow\nran = 1')
+    assert shell.user_ns['ran'] == 1
+    InteractiveShell.clear_instance()
 
 
 def test_numbers_are_the_import_order():

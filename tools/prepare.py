@@ -13,12 +13,12 @@ BIN = Path(sys.executable).parent
 
 
 def execute(path):
-    "Run a notebook in place; cells that a batch leaves out keep their outputs."
+    "Run a notebook in place; flagged cells keep their outputs, unless HATEMM_CELLS names their flag."
     from nbclient import NotebookClient
 
-    from hatemm_clip.pipeline import FLAGS
+    from hatemm_clip.data import cell_flag
     nb = nbformat.read(path, 4)
-    held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and FLAGS.search(c.source)}
+    held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and (flag := cell_flag(c.source)) and flag not in os.environ.get('HATEMM_CELLS', '')}
     for i in held: nb.cells[i].source = ''
     NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for i, (source, outputs) in held.items(): nb.cells[i].update(source=source, outputs=outputs)
