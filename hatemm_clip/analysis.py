@@ -6,8 +6,8 @@
 __all__ = ['TABLE_METRICS', 'summarise_heads', 'metric_table', 'plot_roc', 'plot_precision_recall', 'plot_reliability',
            'plot_threshold_cost', 'plot_confusion', 'plot_robustness', 'plot_learning_curves', 'embed_map',
            'plot_embed_map', 'shapley_values', 'modality_values', 'plot_shapley', 'leave_one_out', 'plot_timeline',
-           'error_list', 'agreement', 'risk_coverage', 'plot_risk_coverage', 'read_ee559_results', 'ee559_table',
-           'plot_ee559_roc', 'write_metrics', 'write_report', 'write_model_card']
+           'error_list', 'plot_errors', 'agreement', 'risk_coverage', 'plot_risk_coverage', 'read_ee559_results',
+           'ee559_table', 'plot_ee559_roc', 'write_metrics', 'write_report', 'write_model_card', 'report_run']
 
 # %% ../nbs/60_analysis.ipynb #c7d0d60c
 import base64
@@ -442,6 +442,23 @@ def error_list(
     errors = errors.sort_values(keys, ascending=[k not in ('wrong', 'prob') for k in keys], ignore_index=True)
     return errors[[c for c in ('head', 'target', 'clip_id', 'video_id', 'error', 'prob', 'wrong') if c in errors]]
 
+# %% ../nbs/60_analysis.ipynb #3f84136c
+def plot_errors(
+    errors: pd.DataFrame, # from `error_list`
+    clips: pd.DataFrame, # a `clips` table with `clip_id`, `path`, `start`, `end`
+    n: int = 6, # clips, the first that the list names
+    blur: bool = True, # hide what the frames show
+) -> np.ndarray: # an Axes per clip
+    "A blurred frame of each misjudged clip."
+    from hatemm_clip.data import show_clips
+    worst = errors.drop_duplicates('clip_id').head(n)
+    if worst.empty: raise InputError('errors: the list is empty, there is nothing to show')
+    missing = sorted(set(worst.clip_id) - set(clips.clip_id))
+    if missing: raise InputError(f'clips: {missing[0]} is not among them ({len(missing)} of {len(worst)} clips are missing); give the clips of the same run')
+    axes = show_clips(clips.set_index('clip_id', drop=False).loc[worst.clip_id], n, blur, width=2 * len(worst))
+    for ax, e in zip(axes, worst.itertuples()): ax.set_title(f'{e.clip_id[:6]}\n{e.error}, P = {e.prob:.2f}', fontsize=8)
+    return axes
+
 # %% ../nbs/60_analysis.ipynb #a32a7570
 def agreement(
     predictions: pd.DataFrame, # a `predictions` table that holds both runs
@@ -636,11 +653,19 @@ def _png(ax):
     plt.close(ax.figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/60_analysis.ipynb #50face1c
+# %% ../nbs/60_analysis.ipynb #e325ebec
 _MAX_DRAWN = 6
 
 
-def _report_figures(predictions, positive, part):
+def _robustness_figures(cells):
+    "Heading, PNG and caption of the figures of a robustness matrix."
+    from hatemm_clip.robust import plot_gains, plot_matrix
+    return [('Robustness', plot_matrix(cells), 'AUROC of each training condition under each attack. Along a row: what an attack costs; down a column: what training against it gives. '
+             'Attacks touch hateful clips only, those named _both all clips.'),
+            ('What adversarial training gives back', plot_gains(cells), 'Differences from the control, which trained on as many rows of the same clips, clean. Bars are paired 95 % intervals by video.')]
+
+
+def _report_figures(predictions, positive, part, cells):
     "Heading, PNG and caption of each figure of the report."
     rows = select_part(predictions, part)
     names = _head_names(rows)
@@ -660,6 +685,7 @@ def _report_figures(predictions, positive, part):
         if len(group[['train_condition', 'test_condition']].drop_duplicates()) > 1:
             heat_map = plot_robustness(group, 'macro_f1' if label_names is None else 'auroc', part=part)
             figures.append((f'Robustness, {run}', heat_map, 'Along a row: what an attack costs.'))
+    if cells: figures += _robustness_figures(cells)
     return [(heading, _png(ax), caption) for heading, ax, caption in figures]
 
 # %% ../nbs/60_analysis.ipynb #57b6df44
@@ -676,7 +702,7 @@ def _compare_with_first(predictions, part):
         table.append([head] + [f'{r.delta:+.3f} [{r.low:+.3f}, {r.high:+.3f}], p = {r.p:.3f}' for r in pairs.itertuples()])
     return first, table
 
-# %% ../nbs/60_analysis.ipynb #1c36f563
+# %% ../nbs/60_analysis.ipynb #85a5b805
 def _facts(predictions, part, positive):
     "One line on what was scored."
     from hatemm_clip import __version__
@@ -695,6 +721,7 @@ def write_report(
     demo: bool = False, # say on top that the data are generated
     positive: str = 'hateful', # name of label 1
     part: str = 'test', # train, val or test
+    cells: list | None = None, # of a robustness matrix, from robust.json
 ) -> Path: # `path`
     "Write one self-contained page with tables and figures."
     table = metric_table(predictions, part=part)
@@ -705,7 +732,7 @@ def write_report(
                                    'Same videos, same seeds; interval and permutation p by video, not corrected for the number of comparisons.'))
     page = jinja2.Environment(autoescape=True).from_string(_REPORT).render(
         title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, positive), tables=tables,
-        figures=_report_figures(predictions, positive, part))
+        figures=_report_figures(predictions, positive, part, cells))
     return _write_text(path, page)
 
 # %% ../nbs/60_analysis.ipynb #3b1e59dc
@@ -775,3 +802,35 @@ def write_model_card(
         table=_markdown_table(['run', *table.columns], [[head, *row] for head, row in zip(table.index, table.to_numpy())]),
         config=_markdown_table(['', ''], sorted(config.items())) if config else '')
     return _write_text(path, page)
+
+# %% ../nbs/60_analysis.ipynb #bb505119
+def report_run(
+    run_dir: str | Path, # holds predictions.parquet; gets metrics.json, report.html, MODEL_CARD.md
+    title: str = 'Hateful video detection', # of the report
+    positive: str = 'hateful', # name of label 1
+    demo: bool | None = None, # label it as a demonstration; None: where the clips say so
+    predictions: pd.DataFrame | None = None, # None: those of the run
+    notes: str | None = None, # a paragraph under the title; None: on the splits
+) -> list: # files that were written
+    "Write all that can be read about a run."
+    run = Path(run_dir)
+    predictions = read_table(run / 'predictions.parquet') if predictions is None else predictions
+    if demo is None: demo = (run / 'clips.parquet').exists() and bool((read_table(run / 'clips.parquet').dataset == 'demo').all())
+    notes = _splits_note(run) if notes is None else notes
+    about, cells = dict(notes=notes, demo=demo, positive=positive), run / 'robust.json'
+    write_metrics(predictions, run / 'metrics.json')
+    write_report(predictions, run / 'report.html', title=title, cells=json.loads(cells.read_text())['cells'] if cells.exists() else None, **about)
+    config = json.loads((run / 'bundle' / 'config.json').read_text()) if (run / 'bundle' / 'config.json').exists() else None
+    mine = predictions if config is None else predictions[predictions.run == f"{config['head']}:{'+'.join(sorted(config['modalities']))}"]
+    if config and mine.empty: raise InputError(f"{run / 'bundle'}: a bundle of {config['head']}, which the predictions know nothing of; run 40_fusion again")
+    written = [run / 'metrics.json', run / 'report.html', write_model_card(mine, run / 'MODEL_CARD.md', config=config, **about)]
+    if config is None: return written
+    write_metrics(mine, run / 'bundle' / 'metrics.json')
+    return [*written, run / 'bundle' / 'metrics.json', write_model_card(mine, run / 'bundle' / 'MODEL_CARD.md', config=config, **about)]
+
+
+def _splits_note(run):
+    "A line on the splits of a run."
+    if not (run / 'splits.parquet').exists(): return ''
+    splits = read_table(run / 'splits.parquet')
+    return f"Splits: protocol {', '.join(splits.protocol.unique())}, {splits.fold.nunique()} folds, {splits.group.nunique()} groups."

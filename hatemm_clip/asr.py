@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256', 'BACKENDS', 'MAX_COMPRESSION', 'MIN_LOGPROB',
-           'MAX_NO_SPEECH', 'MAX_MISSED', 'STOCK_PHRASES', 'MIN_SAMPLES', 'GROUP_SECONDS', 'FLAGGED_TRANSCRIPTS',
-           'speech_spans', 'cut_windows', 'padded_seconds', 'split_segments', 'weights_sha256', 'find_ct2_model',
-           'find_openai_model', 'compression_ratio', 'is_stock_phrase', 'missed_speech', 'window_flags', 'make_batches',
-           'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'plot_transcript', 'word_error_rate', 'write_srt',
-           'write_vtt', 'make_groups', 'read_journal', 'transcribe_clips', 'read_transcripts', 'spoken_text',
-           'bench_asr']
+           'MAX_NO_SPEECH', 'MAX_MISSED', 'STOCK_PHRASES', 'MIN_SAMPLES', 'GROUP_SECONDS', 'ENGINES',
+           'FLAGGED_TRANSCRIPTS', 'speech_spans', 'cut_windows', 'padded_seconds', 'split_segments', 'weights_sha256',
+           'find_ct2_model', 'find_openai_model', 'compression_ratio', 'is_stock_phrase', 'missed_speech',
+           'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'plot_transcript',
+           'word_error_rate', 'write_srt', 'write_vtt', 'make_groups', 'read_journal', 'start_ray', 'transcribe_clips',
+           'read_transcripts', 'spoken_text', 'bench_asr']
 
-# %% ../nbs/10_asr.ipynb #139b19e3
+# %% ../nbs/10_asr.ipynb #52303c01
 import json
 import os
 import platform
@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from tqdm import tqdm
 
-from .data import SR, TRANSCRIPTS, InputError, MediaError, check_failures, file_sha256, read_audio, read_table, table_hash, write_table
+from .data import SR, TRANSCRIPTS, InputError, MediaError, check_failures, file_sha256, progress, read_audio, read_table, table_hash, write_table
 
 # %% ../nbs/10_asr.ipynb #bbc99800
 VAD_THRESHOLD = .35  # probability of speech, per 32 ms
@@ -296,7 +295,7 @@ def _join(asr, windows):
     return dict(text=' '.join(w['text'] for w in kept if w['text']), segments=[s for w in kept for s in w['segments']], language=max(votes, key=votes.get),
                 no_speech_prob=float(np.average([w['no_speech_prob'] for w in windows], weights=seconds)), backend=asr.backend, model=asr.model, flags=sorted(found))
 
-# %% ../nbs/10_asr.ipynb #08fb4cd1
+# %% ../nbs/10_asr.ipynb #06c29578
 MIN_SAMPLES = SR//20  # shorter than 50 ms counts as no sound
 
 
@@ -313,9 +312,10 @@ class Asr:
         beam_size: int = 5,
         language: str | None = None, # code such as `en`; None: found window by window
         batch_size: int = 16, # windows decoded at once
+        source: str = '', # what `load_asr` was asked for
     ):
         self.weights, self.model, self.device = Path(weights), model, device
-        self.beam_size, self.language, self.batch_size = beam_size, language, batch_size
+        self.beam_size, self.language, self.batch_size, self.source = beam_size, language, batch_size, source
 
     def settings(self) -> dict: # backend, model, its hash, …
         "Everything that shapes a transcript, besides the sound."
@@ -437,7 +437,7 @@ def _build(kind, weights, name, device, threads, options):
     if asr.language not in (None, 'en') and not asr.net.is_multilingual: raise InputError(f"language is '{asr.language}', and {name} knows English only; take a model without .en")
     return asr
 
-# %% ../nbs/10_asr.ipynb #ff923776
+# %% ../nbs/10_asr.ipynb #277696cc
 def load_asr(
     backend: str = 'auto', # one of BACKENDS, or `auto`: the faster one whose weights are here
     model: str = 'tiny.en', # a Whisper size, a CTranslate2 folder, a .pt file
@@ -454,7 +454,7 @@ def load_asr(
     backend, weights = _pick_backend(model) if backend == 'auto' else (backend, _find_weights(backend, model, True))
     kind = FasterWhisper if backend == 'faster-whisper' else OpenAIWhisper
     name = Path(model).stem if Path(model).exists() else model
-    options = dict(beam_size=beam_size, language=language, batch_size=batch_size)
+    options = dict(beam_size=beam_size, language=language, batch_size=batch_size, source=str(Path(model).resolve()) if Path(model).exists() else model)
     if device == 'cpu' or device == 'auto' and not kind.sees_gpu(): return _build(kind, weights, name, 'cpu', threads, options)
     try:
         asr = _build(kind, weights, name, 'cuda', threads, options)
@@ -575,6 +575,19 @@ def _append(path, line):
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../nbs/10_asr.ipynb #6cc67b8a
+ENGINES = ('local', 'ray')
+
+
+def start_ray():  # the module ray.data
+    "Attach to the Ray cluster that is up, or start Ray on this machine."
+    try: import ray.data
+    except ImportError as e: raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or take engine 'local'") from e
+    import ray
+    if not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data
+
 # %% ../nbs/10_asr.ipynb #abe8a923
 def _ahead(pool, function, items, depth):
     "Apply `function` in threads, at most `depth` items ahead of whoever takes the results."
@@ -597,7 +610,7 @@ def _group_rows(asr, clips, sounds):
     texts = iter(asr.transcribe(good))
     return [dict(next(texts) if not error else {}, clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error) for clip, (audio, error) in zip(clips, sounds)]
 
-# %% ../nbs/10_asr.ipynb #f17eeed4
+# %% ../nbs/10_asr.ipynb #e41b2f90
 FLAGGED_TRANSCRIPTS = TRANSCRIPTS.append(pa.field('flags', pa.list_(pa.string())))
 
 
@@ -625,14 +638,17 @@ def transcribe_clips(
     max_failed: float = .01, # share of clips that may be unreadable
     resume: bool = True, # go on from a killed run, keep a finished one
     asr: Asr | None = None, # a loaded recogniser, instead of the settings above
+    engine: str = 'local', # one of ENGINES
+    workers: int = 2, # actors of Ray
 ) -> pd.DataFrame: # transcripts: FLAGGED_TRANSCRIPTS, in the order of clip_id
     "Run the stage: from `clips` to transcripts.parquet."
+    if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
     clips, table = _check_clips(clips), _table_path(out)
     asr = asr or load_asr(backend, model, device, threads, beam_size, language, batch_size)
     settings = dict(asr.settings(), batch_size=asr.batch_size, inputs=table_hash(clips[[c for c in ('clip_id', 'start', 'end', 'sha256') if c in clips]]))
     if resume and _is_done(table, settings): return read_transcripts(table)
     begun = time.perf_counter()
-    rows = _finish(asr, clips, table.with_name(f'{table.name}.journal'), settings, resume)
+    rows = _finish(asr, clips, table.with_name(f'{table.name}.journal'), settings, resume, engine, workers)
     _write_failures(rows, table)
     failed = check_failures(rows.error, '10_asr', max_failed)
     done = rows[rows.error == ''].reindex(columns=FLAGGED_TRANSCRIPTS.names).astype(object)
@@ -642,7 +658,7 @@ def transcribe_clips(
     print(f"{len(rows)} clips, {failed} failed, {seconds:.0f} s of audio in {took:.0f} s, {seconds/max(took, 1e-9):.0f} x real time")
     return read_transcripts(table)
 
-# %% ../nbs/10_asr.ipynb #988b0935
+# %% ../nbs/10_asr.ipynb #995838db
 def _is_done(table, settings):
     "Whether the table is there already, made with the same settings from the same clips."
     if not table.exists(): return False
@@ -653,7 +669,7 @@ def _is_done(table, settings):
     return same
 
 
-def _finish(asr, clips, journal, settings, resume):
+def _finish(asr, clips, journal, settings, resume, engine, workers):
     "Do the groups that the journal does not hold; all rows, in the order of `clips`."
     done = read_journal(journal, settings) if resume else {}
     groups = make_groups((clips.end - clips.start).tolist(), asr.batch_size)
@@ -661,16 +677,21 @@ def _finish(asr, clips, journal, settings, resume):
     if not done:
         journal.unlink(missing_ok=True)
         _append(journal, settings)
-    todo = [g for g in range(len(groups)) if g not in done]
     items = list(clips.itertuples(index=False))
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(clips), initial=len(clips) - sum(len(groups[g]) for g in todo), desc='transcribe', unit='clip', disable=None) as bar:
-        sounds = _ahead(pool, _read_clip, [items[i] for g in todo for i in groups[g]], depth=2*asr.batch_size)
-        for g in todo:
-            members = [items[i] for i in groups[g]]
-            done[g] = _group_rows(asr, members, [next(sounds) for _ in members])
-            _append(journal, dict(group=g, rows=done[g]))
-            bar.update(len(members))
+    todo = {g: [items[i] for i in groups[g]] for g in range(len(groups)) if g not in done}
+    with progress(total=len(clips), initial=len(clips) - sum(map(len, todo.values())), desc='transcribe', unit='clip') as bar:
+        for g, rows in _local_groups(asr, todo) if engine == 'local' else _ray_groups(asr, todo, workers):
+            done[g] = rows
+            _append(journal, dict(group=g, rows=rows))
+            bar.update(len(rows))
     return pd.DataFrame([row for g in range(len(groups)) for row in done[g]])
+
+
+def _local_groups(asr, groups):
+    "Transcribe groups of clips here, sound being read ahead; yields (group, rows)."
+    with ThreadPoolExecutor(2) as pool:
+        sounds = _ahead(pool, _read_clip, [clip for members in groups.values() for clip in members], depth=2*asr.batch_size)
+        for g, members in groups.items(): yield g, _group_rows(asr, members, [next(sounds) for _ in members])
 
 
 def _write_failures(rows, table):
@@ -688,6 +709,37 @@ def read_transcripts(
     lacking = [c for c in TRANSCRIPTS.names if c not in df]
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
+
+# %% ../nbs/10_asr.ipynb #e36a1aaa
+def _ray_sounds(batch):
+    "The task on a CPU: the sound of a group's clips."
+    pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
+    return dict(group=batch['group'], clips=batch['clips'], sounds=[[audio.tobytes() for audio, _ in group] for group in pairs], errors=[[error for _, error in group] for group in pairs])
+
+
+class _RayAsr:
+    "The actor: holds the recogniser."
+
+    def __init__(self, settings): self.asr = load_asr(**settings)
+
+    def __call__(self, batch):
+        rows = []
+        for clips, sounds, errors in zip(batch['clips'], batch['sounds'], batch['errors']):
+            heard = [(np.frombuffer(sound, np.float32), error) for sound, error in zip(sounds, errors)]
+            rows.append(json.dumps(_group_rows(self.asr, list(pd.DataFrame(json.loads(clips)).itertuples()), heard)))
+        return dict(group=batch['group'], rows=rows)
+
+
+def _ray_groups(asr, groups, workers):
+    "Transcribe groups of clips with Ray Data; yields (group, rows) in any order."
+    data = start_ray()
+    settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size, language=asr.language, batch_size=asr.batch_size)
+    table = pd.DataFrame([dict(group=g, clips=json.dumps([dict(clip_id=c.clip_id, path=str(Path(c.path).resolve()), start=float(c.start), end=float(c.end)) for c in members])) for g, members in groups.items()])
+    if not len(table): return
+    sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1)
+    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1, compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if asr.device == 'cuda' else 0)
+    for batch in done.iter_batches(batch_size=None):
+        for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 
 # %% ../nbs/10_asr.ipynb #59749099
 def spoken_text(

@@ -151,3 +151,37 @@ def test_notebook_as_a_stage(tmp_path, whole):
     call()
     assert 'A run' in (tmp_path / 'report.html').read_text() and 'by_group, 2 folds' in (tmp_path / 'report.html').read_text()
     assert set(json.loads((tmp_path / 'metrics.json').read_text())) == {'BinaryClassifier:image+text', 'BinaryClassifier:text', 'BinaryClassifier:image'}
+
+
+def test_a_run_is_reported_whole(tmp_path):
+    "`hatemm report`: page, card and metrics of a run with a robustness matrix and a bundle."
+    predictions = simulate_predictions(30, seeds=2)
+    write_table(predictions, tmp_path / 'predictions.parquet', PREDICTIONS)
+    swapped = predictions[predictions.run == 'BinaryClassifier:text']
+    cells = [dict(train=train, test=test, **{k: .6 for k in ('auroc', 'auroc_low', 'auroc_high')},
+                  **{f'delta_auroc_vs_control{k}': None if train == 'control' else .1 for k in ('', '_low', '_high')})
+             for train in ('normal', 'control', 'swap_text') for test in ('normal', 'swap_text')]
+    (tmp_path / 'robust.json').write_text(json.dumps(dict(cells=cells)))
+    (tmp_path / 'bundle').mkdir()
+    (tmp_path / 'bundle/config.json').write_text(json.dumps(dict(head='BinaryClassifier', modalities=dict(text=8))))
+    written = an.report_run(tmp_path, 'A run')
+    assert [f.relative_to(tmp_path).as_posix() for f in written] == ['metrics.json', 'report.html', 'MODEL_CARD.md', 'bundle/metrics.json', 'bundle/MODEL_CARD.md']
+    page = written[1].read_text()
+    assert 'What adversarial training gives back' in page and 'Demonstration' not in page and 'http' not in page and not plt.get_fignums()
+    assert set(json.loads(written[3].read_text())) == set(swapped.run)
+    (tmp_path / 'bundle/config.json').write_text(json.dumps(dict(head='KNNHead', modalities=dict(text=8))))
+    with pytest.raises(InputError, match='a bundle of KNNHead'): an.report_run(tmp_path)
+
+
+def test_misjudged_clips_are_shown_blurred(tmp_path, monkeypatch):
+    import hatemm_clip.data as data
+    shown = {}
+    def show(clips, n, blur, width):
+        shown.update(clips=list(clips.clip_id), blur=blur)
+        return plt.subplots(1, n, squeeze=False)[1][0]
+    monkeypatch.setattr(data, 'show_clips', show)
+    predictions = simulate_predictions(30, seeds=2)
+    errors = an.error_list(predictions[predictions.run == 'BinaryClassifier:image'])
+    axes = an.plot_errors(errors, predictions[['clip_id']].drop_duplicates(), n=3)
+    assert shown == dict(clips=list(errors.clip_id.unique()[:3]), blur=True)
+    assert axes[0].get_title().startswith(errors.clip_id[0][:6])

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -284,3 +285,29 @@ def test_subtitles_read_back(tmp_path):
     assert '00:00:00,500 --> 01:01:01,250\nan -> arrow\n' in write_srt(segments, tmp_path/'a.srt').read_text()
     import av
     with av.open(str(write_vtt(segments, tmp_path/'a.vtt'))) as container: assert len([p for p in container.demux() if p.size]) == 2
+
+
+@pytest.mark.parametrize('kill', [False, True])
+def test_ray_gives_the_same_rows_also_when_an_actor_is_killed(kill, fast, corpus, tmp_path):
+    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
+    psutil = pytest.importorskip('psutil')
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000, ignore_reinit_error=True)
+    clips, killed = corpus[0], []
+
+    def kill_one():
+        end = time.monotonic() + 90
+        while time.monotonic() < end and not killed:
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if '_RayAsr' in ' '.join(process.cmdline()) and process.cpu_times().user > .5: process.kill(); killed.append(process.pid); return
+                except psutil.Error: continue
+            time.sleep(.02)
+    thread = threading.Thread(target=kill_one)
+    if kill: thread.start()
+    got = transcribe_clips(clips, tmp_path/'ray', model='tiny.en', device='cpu', batch_size=1, threads=2, engine='ray')
+    if kill:
+        thread.join()
+        assert killed
+    expected = transcribe_clips(clips, tmp_path/'local', model='tiny.en', device='cpu', batch_size=1, threads=2)
+    assert got.equals(expected) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
+    if kill: ray.shutdown()

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from hatemm_clip.data import InputError
 from hatemm_clip.embed import read_features
-from hatemm_clip.fusion import (HEADS, FusionClassifier, Member, Rows, check_training, crossval, explain, fit_bundle, fitting_heads, load_bundle, make_features,
-                                make_head, predict_members, save_bundle, tfidf_features, train_members)
+from hatemm_clip.fusion import (HEADS, FusionClassifier, Member, Rows, accuracy_by, bench_fusion, blend_runs, choose_runs, compare_heads, compare_protocols, crossval,
+                                cut_clips, explain, fitting_heads, load_bundle, make_features, make_head, plot_heads, predict_members, run_name, save_bundle,
+                                take_members, tfidf_features, train_members, val_losses, with_protocol)
 from hatemm_clip.metrics import summarise_runs
 
 HATEMM = Path(__file__).resolve().parents[2]/'shared/data/hatemm/hatemm_bert_mfcc.npz'
@@ -100,6 +101,113 @@ def test_gradients_reach_every_parameter(data, name):
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize('name', [n for n in HEADS if n != 'KNNHead'])  # every clip is KNNHead's nearest, and it may not ask itself
+def test_constant_features_give_the_prior(data, name):
+    labels = (np.arange(60) % 5 < 2).astype(int)
+    constant = dataclasses.replace(data, labels=labels, arrays={m: np.ones_like(a) for m, a in data.arrays.items()}, masks={m: np.ones_like(a) for m, a in data.masks.items()})
+    model = FusionClassifier(name, class_weight=None, dropout=0., epochs=150, lr=.02, hidden=8).fit(constant)
+    np.testing.assert_allclose(model.predict_proba(constant[:1])[0], [.6, .4], atol=.05)
+
+
+@names
+def test_permuted_labels_give_chance(name):
+    from sklearn.metrics import roc_auc_score
+    features = make_features(240, 'text', frames=3, dim=4)
+    features.labels = np.random.default_rng(0).permutation(features.labels)
+    part = {p: features[features.split[0] == p] for p in ('train', 'val', 'test')}
+    model = FusionClassifier(name, hidden=8, epochs=8).fit(part['train'], val=part['val'])
+    assert .25 < roc_auc_score(part['test'].labels, model.predict_proba(part['test'])[:, 1]) < .75
+
+
+@names
+def test_batches_of_any_size_give_the_same_answer(models, data, name):
+    rows = Rows(HEADS[name].prepare(data))
+    members = models[name].members_
+    scores = [predict_members(members, rows, np.arange(60)[None], block=block) for block in (1, 7, 4096)]
+    for other in scores[1:]: np.testing.assert_allclose(other, scores[0], atol=1e-5)
+
+
+def test_history_holds_every_epoch(data):
+    members = train_members(Rows(data), data.labels, [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)], Config)
+    loss = members.history['val_loss']
+    assert loss.shape == (3, 4) and np.nanmin(loss, axis=1) == pytest.approx(members.val_loss)
+    assert [np.nanargmin(row) + 1 for row in loss] == members.epoch.tolist()
+    assert take_members(members, [1]).history['val_accuracy'].shape == (1, 4)
+
+
+def test_runs_in_processes_are_the_same(data):
+    alone, together = (crossval(data, ['MeanLinear', 'LateFusion'], ['image+text'], 1, grid={}, epochs=2, jobs=jobs) for jobs in (1, 2))
+    assert alone.equals(together)
+
+
+def test_protocols(data):
+    videos = dataclasses.replace(data, groups=np.array([f'v{i // 3}' for i in range(60)]), labels=(np.arange(60) // 3 % 2))
+    torn = lambda features: max(len(set(part[features.groups == g])) for part in features.split for g in features.groups)
+    assert torn(with_protocol(videos, 'grouped_5fold')) == 1 < torn(with_protocol(videos, 'leaky_snippet'))
+    assert with_protocol(videos, 'grouped_4fold').split.shape == (4, 60)
+    import pandas as pd
+    table = pd.DataFrame(dict(protocol='own', fold=0, video_id=[f'v{i}' for i in range(20)], group='g', part=['train', 'val', 'test', 'train'] * 5))
+    assert (with_protocol(videos, 'own', table).split[0][:6] == ['train'] * 3 + ['val'] * 3).all()
+    with pytest.raises(InputError, match="protocol 'mine' is unknown; choose from own, grouped_5fold, leaky_snippet"): with_protocol(videos, 'mine', table)
+
+
+def test_a_leak_flatters(data):
+    looks = np.random.default_rng(0).normal(size=(40, 8))
+    videos = make_features(160, 'xor', frames=2, dim=8).only(['image'])
+    owner = np.arange(160) // 4
+    videos = dataclasses.replace(videos, groups=owner.astype(str), labels=owner % 2, arrays=dict(image=(videos.arrays['image'] * 0 + looks[owner][:, None]).astype(np.float32)))
+    table = compare_protocols(videos, seeds=1, grid={}, epochs=15, lr=1e-2)
+    assert table.delta['auroc'] > .2 and table.low['auroc'] > 0
+
+
+def test_clips_are_cut_by_time():
+    features = make_features(10, 'xor', frames=8, dim=2)
+    features = dataclasses.replace(features, masks={m: np.ones_like(a) for m, a in features.masks.items()}, times={m: np.tile(np.arange(a.shape[1], dtype=np.float32), (10, 1)) for m, a in features.masks.items()})
+    cut = cut_clips(features, length=4., stride=2.)
+    first = cut.groups == features.ids[0]
+    assert [np.flatnonzero(m).tolist() for m in cut.masks['image'][first]] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
+
+
+def test_the_choice_of_a_head_ignores_the_test_part(data):
+    predictions = crossval(data, ['MeanLinear', 'BinaryClassifier'], ['image+text'], 2, grid={}, epochs=8)
+    other = predictions.assign(label=np.where(predictions.part == 'test', 1 - predictions.label, predictions.label))
+    assert choose_runs(predictions)[['fold', 'clip_id', 'prob']].equals(choose_runs(other)[['fold', 'clip_id', 'prob']])
+    losses = val_losses(predictions).groupby('fold').min()
+    assert len(losses) == 5 and (losses > 0).all()
+
+
+def test_a_blend_averages(data):
+    predictions = crossval(data, ['MeanLinear', 'LateFusion'], ['image+text'], 1, grid={}, epochs=3)
+    runs = [run_name(h, ['image', 'text']) for h in ('MeanLinear', 'LateFusion')]
+    same = blend_runs(predictions, [runs[0]] * 2, 'Blend:image+text')
+    order = ['fold', 'seed', 'part', 'clip_id']
+    first = predictions[predictions.run == runs[0]].sort_values(order)
+    assert np.corrcoef(same.sort_values(order).prob.rank(), first.prob.rank())[0, 1] > .99
+    assert set(blend_runs(predictions, runs, 'Blend:image+text').columns) == set(predictions.columns)
+
+
+def test_accuracy_by_kind(data):
+    predictions = crossval(data, 'MeanLinear', ['image+text'], 2, grid={}, epochs=2)
+    kinds = {i: 'even' if n % 2 == 0 else 'odd' for n, i in enumerate(data.ids)}
+    table = accuracy_by(predictions, kinds, n=50).set_index('kind')
+    test = predictions[predictions.part == 'test']
+    right = (test.prob >= test.threshold).astype(int) == test.label
+    assert table.accuracy['even'] == pytest.approx(right[test.clip_id.map(kinds) == 'even'].mean())
+    assert table.videos.tolist() == [30, 30] and (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
+
+
+def test_table_and_picture(data):
+    predictions = crossval(data, ['MeanLinear', 'BinaryClassifier'], seeds=2, grid={}, epochs=2)
+    ax = plot_heads(compare_heads(predictions, n=20))
+    assert len(ax.get_yticklabels()) == 6
+
+
+def test_bench_keeps_the_contract():
+    result = bench_fusion(seeds=2, epochs=1, clips=40)
+    assert result['name'] == 'fusion' and set(result['ratios']) == {'fusion_vs_seed'} and result['ratios']['fusion_vs_seed'] > 0
+    assert all(set(row) == {'what', 'value', 'unit'} for row in result['rows'])
+
+
 def test_more_classes_than_two(data):
     topics = dataclasses.replace(data, labels=np.arange(60) % 3, label_names=['a', 'b', 'c'])
     predictions = crossval(dataclasses.replace(topics, split=np.tile(np.array(['train', 'train', 'val', 'test'])[np.arange(60) // 3 % 4], (1, 1))), ['MeanLinear', 'KNNHead'], ['image'], 2, grid={}, epochs=2)
@@ -135,10 +243,27 @@ def test_nothing_of_the_test_part_is_used(data):
     (lambda f: dataclasses.replace(f, labels=f.labels.astype(str)), 'expected int'),
     (lambda f: f[[0]], '1 sample'),
     (lambda f: f[np.r_[0, np.arange(20)]], 'is there twice'),
-    (lambda f: dataclasses.replace(f, arrays={**f.arrays, 'image': f.arrays['image'] * np.inf}), 'clip v0000: image holds NaN or inf')])
+    (lambda f: dataclasses.replace(f, arrays={**f.arrays, 'image': f.arrays['image'] * np.inf}), 'clip v0000: image holds NaN or inf'),
+    (lambda f: dataclasses.replace(f, arrays={**f.arrays, 'text': np.where(np.arange(60)[:, None, None] == 7, np.nan, f.arrays['text']).astype(np.float32)}), 'clip v0007: text holds NaN or inf'),
+    (lambda f: dataclasses.replace(f, labels=np.zeros(60, int)), 'no clip of the training part has label 1'),
+    (lambda f: dataclasses.replace(f, arrays={**f.arrays, 'text': f.arrays['text'][:, 0]}), 'expected .60, T, D.')])
 def test_bad_input_is_one_line(data, change, words):
     with np.errstate(invalid='ignore'), pytest.raises(InputError, match=words) as error: FusionClassifier(epochs=1).fit(change(data))
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('part', ['train', 'val', 'test'])
+def test_a_class_missing_from_a_part_is_one_line(data, part):
+    elsewhere = 'train' if part != 'train' else ''
+    split = np.where((data.labels == 1) & (data.split == part), elsewhere, data.split)
+    with pytest.raises(InputError, match='fold 0') as error: crossval(dataclasses.replace(data, split=split), seeds=1, grid={})
+    assert '\n' not in str(error.value)
+
+
+def test_other_dimensions_than_trained(data, models):
+    with pytest.raises(InputError, match='D is 5, the model was trained with 8'): models['LateFusion'].predict(make_features(12, 'xor', frames=6, dim=5))
+    with pytest.raises(InputError, match='D is 8 in one set and 5 in the other'): FusionClassifier(epochs=1).fit(data, val=make_features(12, 'xor', frames=6, dim=5))
+    with pytest.raises(InputError, match='the model needs image, text'): models['LateFusion'].predict(data.only(['text']))
 
 
 def test_unknown_names(data):

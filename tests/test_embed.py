@@ -1,0 +1,355 @@
+"Features: real frames, the store under stress, killed and resumed runs, foreign files."
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hatemm_clip.data import InputError, iter_frames, read_frames, sample_times
+from hatemm_clip.demo import write_video
+from hatemm_clip.embed import (
+    Encoder, FeatureStore, _planned_frames, _rows, embed_clips, embed_images, embed_items, encode_frames, encode_texts, export_features, features_info,
+    format_info, frame_plan, load_encoder, open_store, preprocess_frames, read_features, read_inputs, store_lock, text_windows, with_precision)
+
+
+@pytest.fixture(scope='module')
+def enc(): return load_encoder()
+
+
+@pytest.fixture(scope='module')
+def videos(tmp_path_factory):
+    "Six short videos and their table."
+    folder, rng = tmp_path_factory.mktemp('embed'), np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        colours = rng.integers(0, 255, (4 + i, 3), np.uint8)
+        path = write_video(folder/f'{i}.mp4', (np.full((64, 96, 3), colours[j//5], np.uint8) for j in range(5*(4 + i))), 5)
+        rows.append(dict(clip_id=f'c{i}', video_id=f'v{i}', path=str(path), start=0., end=4. + i, label=i % 2, label_name='ab'[i % 2], dataset='toy'))
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope='module')
+def transcripts():
+    text = 'the choir meets in the village every day and the soup is nearly ready '
+    rows = [dict(clip_id=f'c{i}', text=text*i, segments=[dict(start=0., end=4., text=text*i)] if i else [], backend='toy', model='toy') for i in range(6)]
+    return pd.DataFrame(rows)
+
+
+def real_videos(shared): return sorted((shared/'data/videos').iterdir())
+
+
+def test_features_of_real_frames_agree_with_open_clip(enc, shared):
+    import open_clip
+    for file in real_videos(shared):
+        frames, _ = read_frames(file, fps=.5)
+        preprocess = dict(enc.preprocess)
+        for mode in ('squash', 'shortest'):
+            preprocess['resize_mode'] = mode
+            transform = open_clip.image_transform(preprocess['size'], is_train=False, mean=preprocess['mean'], std=preprocess['std'], resize_mode=mode, interpolation='bicubic')
+            with torch.inference_mode(): expected = enc.model.encode_image(torch.stack([transform(Image.fromarray(f)) for f in frames]), normalize=True)
+            for encoder in (enc, with_precision(enc, 'bfloat16')):
+                assert (encode_frames(encoder, preprocess_frames(frames, preprocess))*expected).sum(1).min() >= .999, (file.name, mode, encoder.precision)
+
+
+@pytest.mark.parametrize('mode', ['squash', 'shortest', 'longest'])
+@pytest.mark.parametrize('shape', [(90, 160), (160, 90), (64, 64), (37, 211)])
+def test_preprocessing_equals_the_transform_bit_by_bit(shape, mode):
+    import open_clip
+    frames = np.random.default_rng(0).integers(0, 255, (2, *shape, 3), dtype=np.uint8)
+    preprocess = dict(size=48, resize_mode=mode, interpolation='bicubic', mean=(0, 0, 0), std=(1, 1, 1))
+    transform = open_clip.image_transform(48, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation='bicubic', fill_color=0)
+    ours, expected = preprocess_frames(frames, preprocess).float()/255, torch.stack([transform(Image.fromarray(f)) for f in frames])
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('fps', [.2, 1., 3.])
+def test_the_plan_shows_the_same_frames(fps, shared):
+    for file in real_videos(shared):
+        expected, times = read_frames(file, fps=fps)
+        got = np.stack(list(_planned_frames(str(file), times)))
+        assert np.array_equal(got, expected), file.name
+
+
+@pytest.mark.parametrize('window', [(0., 3.), (7.3, 11.9), (39., 42.)])
+def test_the_plan_keeps_to_the_window(window, shared):
+    file = shared/'data/videos/autoeditor_example.mp4'
+    expected, times = read_frames(file, fps=2, start=window[0], end=window[1])
+    assert np.array_equal(np.stack(list(_planned_frames(str(file), times))), expected)
+
+
+@pytest.mark.parametrize('options', [dict(bf='3', g='30'), dict(bf='0'), {'bf': '4', 'g': '12', 'x264-params': 'open-gop=1:b-pyramid=normal'}])
+def test_the_plan_holds_for_other_ways_to_encode(options, tmp_path):
+    import av
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (40, 80, 3), dtype=np.uint8)
+    for container, codec in (('mp4', 'libx264'), ('mkv', 'libx264'), ('ts', 'libx264'), ('avi', 'mpeg4')):
+        path = tmp_path/f'a.{container}'
+        with av.open(str(path), 'w') as out:
+            stream = out.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt, stream.options = 80, 40, 'yuv420p', options if codec == 'libx264' else {}
+            for i in range(90): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3*i, 1), format='rgb24')))
+            out.mux(stream.encode(None))
+        for fps in (.7, 2.):
+            expected, times = read_frames(path, fps=fps)
+            preprocess = dict(size=40, resize_mode='squash', interpolation='bicubic')
+            got = list(read_inputs(path, preprocess, fps))
+            assert np.allclose(np.concatenate([t for _, t in got]), times)
+            assert torch.equal(torch.cat([x for x, _ in got]), preprocess_frames(expected, preprocess)), (container, fps)
+
+
+def test_fewer_packets_than_frames():
+    pts = np.arange(100)
+    send, shown = frame_plan(pts, pts % 10 == 0, np.array([3., 57.2, 57.9]))
+    assert np.flatnonzero(send).tolist() == [0, 1, 2, 3, *range(50, 58)] and shown.tolist() == [3, 57, 57]
+
+
+def test_a_frame_before_its_key_frame_leans_on_the_one_before():
+    pts, keys = np.array([0, 1, 5, 3, 4]), np.array([1, 0, 1, 0, 0], bool)
+    assert frame_plan(pts, keys, np.array([3.5]))[0].tolist() == [True]*4 + [False]
+    assert frame_plan(pts, keys, np.array([6.]))[0].tolist() == [False, False, True, False, False]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(enc, videos, transcripts):
+    segments = {t.clip_id: t.segments for t in transcripts.itertuples()}
+    runs = [{r['clip_id']: r for r in embed_items(videos, segments, enc, 1., 0, 8, workers)} for workers in (1, 2, 5)]
+    runs.append({r['clip_id']: r for i in range(6) for r in embed_items(videos[i:i+1], segments, enc, 1., 0, 8, 2)})
+    for other in runs[1:]:
+        for clip_id, row in runs[0].items():
+            for m in ('image', 'text'): assert row[m].tobytes() == other[clip_id][m].tobytes(), (clip_id, m)
+    assert runs[0]['c0']['text'].shape == (0, enc.dim) and runs[0]['c5']['text'].shape[0] > 1
+    assert [len(runs[0][f'c{i}']['image']) for i in range(6)] == [4, 5, 6, 7, 8, 9]
+
+
+def test_text_equals_one_window_at_a_time(enc, videos, transcripts):
+    row = next(r for r in embed_items(videos[5:], {'c5': transcripts.segments[5]}, enc) if r['clip_id'] == 'c5')
+    windows = text_windows(transcripts.segments[5], enc.tokenizer, enc.context_length)
+    alone = torch.cat([encode_texts(enc, [w['text']]) for w in windows]).numpy()
+    assert np.abs(alone - row['text']).max() < 1e-5
+    assert ' '.join(w['text'] for w in windows) == transcripts.text[5].strip()
+
+
+def test_a_reader_that_stops_early_leaves_no_thread(enc, videos):
+    before = threading.active_count()
+    rows = embed_images(videos, enc, fps=5.)
+    next(rows)
+    rows.close()
+    assert threading.active_count() == before
+
+
+def test_a_broken_file_is_a_row_with_its_reason(enc, videos, transcripts, tmp_path):
+    bad = videos.copy()
+    (tmp_path/'torn.mp4').write_bytes(Path(videos.path[2]).read_bytes()[:300])
+    bad.loc[2, 'path'] = str(tmp_path/'torn.mp4')
+    with pytest.raises(InputError, match='1 of 6 items failed'): embed_clips(bad, transcripts, tmp_path/'a.lance', enc)
+    store = embed_clips(bad, transcripts, tmp_path/'a.lance', enc, max_failed=.5)
+    errors = dict(zip(store.column('clip_id'), store.column('error')))
+    assert 'torn.mp4' in errors['c2'] and sum(map(bool, errors.values())) == 1
+    store = embed_clips(videos, transcripts, tmp_path/'a.lance', enc)  # mended in between: tried again
+    assert not any(store.column('error')) and len(store) == 6
+
+
+def test_the_store_tells_its_precision_and_auto_follows_it(enc, videos, transcripts, tmp_path):
+    store = embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', enc, precision='bfloat16')
+    assert store.provenance['precision'] == 'bfloat16'
+    assert len(embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', enc)) == 3
+    with pytest.raises(InputError, match="precision 'bfloat16' there, 'float32' asked for"): embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', enc, precision='float32')
+
+
+def test_two_writers_one_is_refused_readers_are_not(enc, videos, transcripts, tmp_path):
+    embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', enc)
+    with store_lock(tmp_path/'a.lance'):
+        code = f"from hatemm_clip.embed import store_lock, open_store\nprint(len(open_store({str(tmp_path/'a.lance')!r})))\nwith store_lock({str(tmp_path/'a.lance')!r}): pass"
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == '2' and 'another run is writing to this store' in done.stderr.splitlines()[-1]
+    with store_lock(tmp_path/'a.lance'): pass
+
+
+RUN = """
+import os, signal, sys, time
+import numpy as np, pydantic, pyarrow.dataset, torchvision.transforms.v2
+from hatemm_clip import embed as module
+from hatemm_clip.data import read_table
+encoder = module.load_encoder()
+clips, transcripts = (read_table(f'{sys.argv[1]}/{name}.parquet') for name in ('clips', 'transcripts'))
+
+def run(target):
+    encode = module.encode_frames
+    def slow(encoder, images):
+        time.sleep(.05)
+        return encode(encoder, images)
+    module.encode_frames = slow
+    import lancedb
+    os.write(ready, b'.')
+    module.embed_clips(clips, transcripts, target, encoder, batch_size=4, commit_every=3)
+
+rng, killed = np.random.default_rng(0), 0
+for _ in range(10):
+    heard, ready = os.pipe()
+    child = os.fork()  # the imports, most of the time of a run, are done
+    if not child:
+        try: run(sys.argv[2])
+        finally: os._exit(0)
+    os.close(ready)
+    assert os.read(heard, 1) == b'.'
+    time.sleep(rng.uniform(.05, 1.))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+print(killed)
+"""
+
+
+def columns(store): return {name: store.read()[name].to_pylist() for name in ('clip_id', 'image', 'image_times', 'text', 'text_times', 'error')}
+
+
+@pytest.fixture(scope='module')
+def tables(videos, transcripts, tmp_path_factory):
+    "Thirty clips of the six videos, as a stage finds them."
+    from hatemm_clip.data import CLIPS, TRANSCRIPTS, write_table
+    folder = tmp_path_factory.mktemp('tables')
+    clips = pd.concat([videos.assign(clip_id=videos.clip_id + f'-{i}', end=videos.end - .3*i) for i in range(5)], ignore_index=True)
+    clips = clips.assign(targets=[[]]*30, spans=[[]]*30, duration=clips.end, fps=5., width=96, height=64, has_audio=False, sha256='')
+    write_table(clips, folder/'clips.parquet', CLIPS)
+    said = pd.concat([transcripts.assign(clip_id=transcripts.clip_id + f'-{i}', language='en', no_speech_prob=0.) for i in range(5)], ignore_index=True)
+    write_table(said, folder/'transcripts.parquet', TRANSCRIPTS)
+    return folder, clips, said
+
+
+def test_killed_at_ten_moments_and_resumed_equals_undisturbed(enc, tables, tmp_path):
+    folder, clips, said = tables
+    (tmp_path/'run.py').write_text(RUN)
+    expected = columns(embed_clips(clips, said, tmp_path/'calm.lance', enc, batch_size=4))
+    target = tmp_path/'killed.lance'
+    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(folder), str(target)], capture_output=True, text=True, timeout=300)
+    killed = int(done.stdout.split()[-1])
+    ids = open_store(target).clip_ids()  # what is there is whole, and once
+    assert len(ids) == len(set(ids)) and set(ids) <= set(clips.clip_id)
+    assert killed >= 3
+    assert columns(embed_clips(clips, said, target, enc, batch_size=4)) == expected
+
+
+def test_a_full_disk_is_told_and_the_store_stays_readable(enc, videos, transcripts, tmp_path):
+    embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', enc, fps=2.)
+    code = f"""
+import resource, signal
+import numpy as np
+from hatemm_clip.embed import _rows, open_store
+store = open_store({str(tmp_path/'a.lance')!r})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+store.add(_rows([dict(clip_id=f'n{{i}}', image=np.ones((600, 128)), image_times=[0.]*600) for i in range(9)], store.table.schema))
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    told = done.stderr.strip().splitlines()[-1]
+    assert 'InputError' in told and 'cannot be written' in told and 'make room and run again' in told and 'src/' not in told
+    assert sorted(open_store(tmp_path/'a.lance').clip_ids()) == ['c0', 'c1', 'c2'] and len(open_store(tmp_path/'a.lance').read()) == 3
+
+
+@pytest.mark.parametrize('audio,width', [('mfcc', 40), ('whisper', 384)])
+def test_sound_is_a_third_modality(audio, width, enc, tmp_path):
+    rate, rng = 22_050, np.random.default_rng(0)
+    clips = pd.DataFrame([dict(clip_id=n, path=str(write_video(tmp_path/f'{n}.mp4', (np.full((32, 32, 3), 9, np.uint8) for _ in range(5*s)), 5, sound, rate)), start=0., end=float(s))
+                          for n, s, sound in (('a', 12, rng.normal(0, .1, 12*rate).astype(np.float32)), ('b', 3, None))])
+    said = pd.DataFrame([dict(clip_id=n, text='', segments=[], backend='', model='') for n in 'ab'])
+    store = embed_clips(clips, said, tmp_path/'a.lance', enc, audio=audio)
+    rows = {r['clip_id']: r for r in store.read().to_pylist()}
+    assert np.array(rows['a']['audio']).shape[1] == width and rows['b']['audio'] == [] and rows['b']['audio_times'] == []
+    assert audio in store.provenance['audio'] and store.modalities == ['image', 'text', 'audio']
+    if audio == 'whisper': assert np.allclose(np.linalg.norm(rows['a']['audio'], axis=1), 1, atol=.01) and rows['a']['audio_times'] == [0., 10.]
+
+
+def test_mfcc_equals_librosa():
+    librosa = pytest.importorskip('librosa', reason='librosa is the reference; it is not needed otherwise')
+    from hatemm_clip.embed import mfcc
+    sound = np.random.default_rng(0).normal(0, .1, 40_000).astype(np.float32)*np.linspace(0, 1, 40_000, dtype=np.float32)
+    assert np.abs(librosa.feature.mfcc(y=sound, sr=16_000, n_mfcc=40).T - mfcc(sound)).max() < .05
+
+
+def test_own_arrays_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = dict(ids=np.array(['a', 'b', 'c']), labels=np.array([0, 1, 0]), split=np.array([['train', 'val', 'test']]), voice=rng.normal(size=(3, 5)), face=rng.normal(size=(3, 2, 4)))
+    arrays['face'][1] = 0
+    np.savez(tmp_path/'own.npz', **arrays)
+    first = read_features(tmp_path/'own.npz')
+    assert first.masks['face'].tolist() == [[True]*2, [False]*2, [True]*2]
+    again = read_features(export_features(tmp_path/'own.npz', tmp_path/'copy.npz'))
+    assert again.ids.tolist() == first.ids.tolist() and again.split.tolist() == first.split.tolist()
+    for m in first.arrays: assert np.array_equal(first.arrays[m], again.arrays[m]) and np.array_equal(first.masks[m], again.masks[m])
+    export_features(tmp_path/'own.npz', tmp_path/'copy.safetensors')
+    with safe_open(tmp_path/'copy.safetensors', 'np') as file:
+        assert json.loads(file.metadata()['ids']) == ['a', 'b', 'c'] and file.get_tensor('face').shape == (3, 2, 4)
+    assert 'voice' in format_info(features_info(tmp_path/'copy.npz')) and features_info(tmp_path/'own.npz')['modalities']['face']['present'] == 2
+
+
+def test_real_features_have_no_mask_and_get_one(shared):
+    info = features_info(shared/'data/hatemm/hatemm_bert_mfcc.npz')
+    assert info['clips'] == 1083 and info['folds'] == 5 and info['modalities']['mfcc']['dim'] == 40
+
+
+def tuned(folder, weights, **config):
+    folder.mkdir()
+    save_file(weights, folder/'encoder.safetensors')
+    (folder/'config.json').write_text(json.dumps(dict(dict(kind='hatemm_clip.finetune', encoder='hatemm-tiny', pretrained='demo'), **config)))
+    return str(folder)
+
+
+def test_finetuned_weights_are_used_and_named(enc, tmp_path):
+    whole = {k: v.clone().contiguous() for k, v in enc.model.state_dict().items()}
+    assert load_encoder(tuned(tmp_path/'same', whole)).weights_sha256 == enc.weights_sha256
+    other = load_encoder(tuned(tmp_path/'part', dict(text_projection=whole['text_projection']*-1)))
+    assert other.weights_sha256 != enc.weights_sha256 and other.provenance()['encoder'] == str(tmp_path/'part')
+    assert torch.allclose(encode_texts(other, ['a cake']), -encode_texts(enc, ['a cake']), atol=1e-6)
+
+
+@pytest.mark.parametrize('weights,config,told', [
+    (dict(nowhere=torch.ones(2)), {}, 'nowhere does not fit hatemm-tiny'), (dict(text_projection=torch.ones(2, 2)), {}, 'text_projection does not fit'),
+    (dict(logit_scale=torch.ones(())), dict(kind='bundle'), "not of kind 'hatemm_clip.finetune'"), (dict(logit_scale=torch.ones(())), dict(encoder='ViT-Z'), 'unknown to open_clip')])
+def test_weights_that_do_not_fit_are_one_line(weights, config, told, tmp_path):
+    with pytest.raises(InputError, match=told) as e: load_encoder(tuned(tmp_path/'a', weights, **config))
+    assert '\n' not in str(e.value)
+
+
+def kill_an_actor(name, killed):
+    "Kill one of Ray's workers of that name, as soon as there is one."
+    psutil = pytest.importorskip('psutil')
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not killed:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if name in ' '.join(process.cmdline()) and process.cpu_times().user > .5: process.kill(); killed.append(process.pid); return
+            except psutil.Error: continue
+        time.sleep(.02)
+
+
+@pytest.fixture(scope='module')
+def on_ray():
+    "Ray on this machine, and an end to it."
+    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize('kill', [False, True])
+def test_ray_gives_the_same_bytes_also_when_an_actor_is_killed(kill, enc, tables, tmp_path, on_ray):
+    _, clips, said = tables
+    clips, said, killed = clips[:12], said[:12], []
+    expected = columns(embed_clips(clips, said, tmp_path/'local.lance', enc, batch_size=4))
+    thread = threading.Thread(target=kill_an_actor, args=('_RayEncoder', killed))
+    if kill: thread.start()
+    got = columns(embed_clips(clips, said, tmp_path/'ray.lance', enc, batch_size=4, engine='ray'))
+    if kill:
+        thread.join()
+        assert killed
+    assert got == expected

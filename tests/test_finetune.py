@@ -1,0 +1,384 @@
+"Fine-tuning: what trains, resuming, processes, audits, bad input."
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
+
+from hatemm_clip.data import CLIPS, TRANSCRIPTS, InputError, LeakError, prepare_data, read_table, write_table
+from hatemm_clip.demo import make_corpus, read_truth
+from hatemm_clip.embed import load_encoder, merge_adapter, read_features
+from hatemm_clip.finetune import (MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, audit_checkpoint, check_gradients, embed_folds, finetune, find_checkpoint,
+                                  load_checkpoint, make_batch, predict_clips, projection_names, read_checkpoint, read_clip_data, read_folds, run_finetune, set_trainable, tower_of, trainable_parameters)
+
+PARTS = np.where(np.arange(20) < 12, 'train', np.where(np.arange(20) < 16, 'val', 'test'))
+CONFIG = FinetuneConfig(epochs=3, batch_size=4, num_frames=2, rank=4, dropout=0., patience=9)
+MODELS = ['ViT-B-32', 'convnext_base', 'ViT-B-16-SigLIP', 'EVA02-B-16', 'coca_ViT-B-32']
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_toy(n=20, size=96, seed=0):
+    "Label 1 is reddish, label 0 greenish; clip 2 has no frames, clip 3 no text."
+    rng, labels = np.random.default_rng(seed), np.arange(n) % 2
+    frames = rng.integers(0, 120, (n, 3, 3, size, size), np.uint8)
+    frames[np.arange(n), :, labels] += 30
+    said = ['the soup is ready', 'we baked an apple cake', 'bread costs less today']
+    windows = [[said[i] for i in rng.integers(0, 3, 2)] for _ in range(n)]
+    windows[3], ids = [], np.array([f'v{i:02d}' for i in range(n)])
+    return ClipData(ids, ids, labels, frames, np.where(np.arange(n) == 2, 0, 3), windows, ['Non Hate', 'Hate'], np.array([f'hash{i}' for i in range(n)]))
+
+
+@pytest.fixture(scope='module')
+def toy(): return make_toy()
+
+
+@pytest.fixture(scope='module')
+def adapted(toy, tmp_path_factory):
+    "A finished fine-tuning of adapters."
+    return finetune(toy, PARTS, tmp_path_factory.mktemp('adapted')/'lora', CONFIG, 'cpu')
+
+
+def losses(done): return done.history[['train_loss', 'val_loss']].values
+
+
+def changed(before, after): return [n for n, t in before.items() if not torch.equal(t, after[n])]
+
+
+@pytest.mark.parametrize('name', [*MODELS, 'RN50'])
+def test_what_trains(name):
+    "Each mode trains its parameters, in both towers, and nothing else."
+    for mode in MODES:
+        model = open_clip.create_model(name, load_weights=False, device='meta')
+        every = [n for n, _ in model.named_parameters()]
+        if name == 'RN50' and mode == 'lora':
+            with pytest.raises(InputError, match='image tower'): set_trainable(model, FinetuneConfig(mode=mode))
+            continue
+        set_trainable(model, FinetuneConfig(mode=mode))
+        names = trainable_parameters(model)
+        expected = dict(head=dict(image=[], text=[]), projection=projection_names(model) if mode == 'projection' else None, full={t: [n for n in every if tower_of(n) == t] for t in ('image', 'text')}).get(mode)
+        if mode == 'lora':
+            assert all('.lora_A.' in n or '.lora_B.' in n for found in names.values() for n in found) and len(names['image']) > 20 and len(names['text']) > 20
+            assert not any('out_proj.lora' in n and 'base_layer' not in n and 'resblocks' in n for n in names['image'])
+        else: assert names == expected
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for found in names.values() for n in found}
+
+
+def test_projection_is_the_last_layer():
+    model = open_clip.create_model('ViT-B-32', load_weights=False, device='meta')
+    assert projection_names(model) == dict(image=['visual.proj'], text=['text_projection'])
+    assert (model.visual.proj.shape, model.text_projection.shape) == ((768, 512), (512, 512))
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_gradients_reach_both_towers(toy, mode):
+    encoder = load_encoder(device='cpu')
+    set_trainable(encoder.model, FinetuneConfig(mode=mode))
+    model = ClipClassifier(encoder, ClipHead(encoder.dim))
+    batch = make_batch(toy, np.arange(8), np.ones(8), CONFIG, encoder.tokenizer, epoch=1)
+    model(batch)[0].square().sum().backward()
+    check_gradients(model)
+    for tower, names in trainable_parameters(model.clip).items():
+        if mode == 'lora': names = [n for n in names if 'lora_B' in n]  # A waits for B, which starts at 0
+        parameters = dict(model.clip.named_parameters())
+        assert all(parameters[n].grad.abs().sum() > 0 for n in names), tower
+
+
+def test_a_tower_without_gradient_is_an_error():
+    encoder = load_encoder(device='cpu')
+    set_trainable(encoder.model, FinetuneConfig(mode='projection'))
+    encoder.model.text_projection.grad = torch.zeros_like(encoder.model.text_projection)
+    with pytest.raises(InputError, match='image tower are to train, such as visual.proj, and none gets a gradient'): check_gradients(ClipClassifier(encoder, ClipHead(encoder.dim)))
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_frozen_is_bit_identical_and_loss_falls(toy, tmp_path, mode):
+    before = load_encoder(device='cpu').model.state_dict()
+    done = finetune(toy, PARTS, tmp_path/mode, dataclasses.replace(CONFIG, mode=mode), 'cpu')
+    assert done.history.train_loss.iloc[-1] < .7*done.history.train_loss.iloc[0]
+    after = load_checkpoint(done.folder, 'cpu').model.state_dict()
+    if mode == 'head': assert not changed(before, after)
+    elif mode == 'projection': assert changed(before, after) == ['text_projection', 'visual.proj']
+    elif mode == 'lora': assert changed(before, after) and all(n.endswith(('in_proj_weight', 'out_proj.weight', 'c_fc.weight', 'c_proj.weight')) for n in changed(before, after))
+    else: assert set(before) - set(changed(before, after)) <= {'logit_scale', 'attn_mask'}
+
+
+def test_base_under_adapters_is_bit_identical(toy, tmp_path):
+    "Also while they train, not only where they are merged."
+    from hatemm_clip import finetune as module
+    before, session = load_encoder(device='cpu').model.state_dict(), {}
+    original = module._fit
+    module._fit = lambda s, *args: session.update(s=s) or original(s, *args)
+    try: finetune(toy, PARTS, tmp_path/'lora', dataclasses.replace(CONFIG, epochs=1), 'cpu')
+    finally: module._fit = original
+    now = {n.replace('.base_layer', ''): t for n, t in session['s'].model.clip.state_dict().items() if 'lora_' not in n}
+    assert set(now) == set(before) and not changed(before, now)
+
+
+def test_contrastive_loss_and_augmentation(toy, tmp_path):
+    config = dataclasses.replace(CONFIG, mode='full', contrastive=.2, augment='crop+flip+color+rotate', mask_rate=.3, accumulate=2)
+    done = finetune(toy, PARTS, tmp_path/'full', config, 'cpu')
+    assert done.history.val_loss.iloc[-1] < done.history.val_loss.iloc[0]
+    again = finetune(toy, PARTS, tmp_path/'again', config, 'cpu')
+    np.testing.assert_array_equal(losses(again), losses(done))
+
+
+def test_merged_is_applied(adapted):
+    from peft import PeftModel
+    applied = PeftModel.from_pretrained(load_encoder(device='cpu').model, str(adapted.folder)).eval()
+    merged, images = load_checkpoint(adapted.folder, 'cpu'), torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    texts = merged.tokenizer(['the soup is ready', 'bread'])
+    with torch.no_grad():
+        assert (merged.model.encode_image(images, normalize=True) - applied.encode_image(images, normalize=True)).abs().max() <= 1e-4
+        assert (merged.model.encode_text(texts, normalize=True) - applied.encode_text(texts, normalize=True)).abs().max() <= 1e-4
+        assert (merged.model.encode_image(images, normalize=True) - load_encoder(device='cpu').model.encode_image(images, normalize=True)).abs().max() > 1e-4
+    assert not (adapted.folder/'encoder.safetensors').exists() and not (adapted.folder/'epoch_001/encoder.safetensors').exists()
+
+
+def test_several_kept_best_by_val(toy, tmp_path):
+    done = finetune(toy, PARTS, tmp_path/'kept', dataclasses.replace(CONFIG, mode='head', head_lr=1e-4, epochs=5, keep=2), 'cpu')
+    order = done.history.sort_values('val_loss').epoch.tolist()
+    assert sorted(p.name for p in done.folder.glob('epoch_*')) == sorted(f'epoch_{e:03d}' for e in order[:2])
+    assert read_checkpoint(done.folder)[1]['epoch'] == order[0] == done.summary()['best_epoch']
+    (done.folder/'config.json').unlink()
+    assert find_checkpoint(done.folder).name == f'epoch_{order[0]:03d}'
+
+
+def test_early_stopping(toy, tmp_path):
+    config = dataclasses.replace(CONFIG, mode='full', lr=.01, head_lr=.1, epochs=12, patience=2)
+    done = finetune(toy, PARTS, tmp_path/'early', config, 'cpu')
+    best = int(done.history.val_loss.idxmin())
+    assert len(done.history) == min(best + 3, 12) and len(done.history) < 12
+
+
+WORKER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_finetune import CONFIG, PARTS, make_toy
+from hatemm_clip.finetune import finetune
+kill = lambda row: os.kill(os.getpid(), signal.SIGKILL) if row['epoch'] == {kill} else None
+finetune(make_toy(), PARTS, {folder!r}, CONFIG, 'cpu', on_epoch=kill)
+"""
+
+
+def run_worker(tmp_path, folder, kill=0, launcher=(sys.executable,)):
+    script = tmp_path/'worker.py'
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), kill=kill, folder=str(folder)))
+    return subprocess.run([*map(str, launcher), str(script)], capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_killed_run_resumes_exactly(toy, adapted, tmp_path):
+    "SIGKILL in the second epoch; the losses are those of the run that was left alone, digit by digit."
+    assert run_worker(tmp_path, tmp_path/'killed', kill=2).returncode == -signal.SIGKILL
+    assert (tmp_path/'killed/state.safetensors').exists() and not (tmp_path/'killed/history.json').exists()
+    (tmp_path/'killed/.epoch_003.1.part').mkdir()
+    resumed = finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')
+    np.testing.assert_array_equal(losses(resumed), losses(adapted))
+    assert not list((tmp_path/'killed').glob('.*')) and not (tmp_path/'killed/state.safetensors').exists()
+    assert read_checkpoint(resumed.folder)[1]['files'] == read_checkpoint(adapted.folder)[1]['files']
+
+
+def test_two_processes_are_one(adapted, tmp_path):
+    "accelerate with gloo on a CPU: the same losses as one process."
+    launcher = [Path(sys.executable).with_name('accelerate'), 'launch', '--cpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 29500 + os.getpid() % 2000]
+    done = run_worker(tmp_path, tmp_path/'two', launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    history = pd.DataFrame(json.loads((tmp_path/'two/history.json').read_text())['history'])
+    np.testing.assert_allclose(history[['train_loss', 'val_loss']].values, losses(adapted), atol=1e-4)
+
+
+def test_pieces_are_the_whole(toy, adapted, tmp_path):
+    pieces = finetune(toy, PARTS, tmp_path/'pieces', dataclasses.replace(CONFIG, accumulate=4), 'cpu')
+    np.testing.assert_allclose(losses(pieces), losses(adapted), atol=1e-4)
+
+
+def test_another_configuration_is_refused(toy, adapted):
+    with pytest.raises(InputError, match="rank 4 there, 2 asked for"): finetune(toy, PARTS, adapted.folder, dataclasses.replace(CONFIG, rank=2), 'cpu')
+    with pytest.raises(InputError, match='clips'): finetune(toy, np.roll(PARTS, 2), adapted.folder, CONFIG, 'cpu')
+
+
+def test_bad_checkpoints(adapted, tmp_path):
+    copy = lambda name: Path(shutil.copytree(adapted.folder, tmp_path/name))
+    cut = copy('cut')
+    (cut/'head.safetensors').write_bytes((cut/'head.safetensors').read_bytes()[:50])
+    with pytest.raises(InputError, match='head.safetensors: damaged'): load_checkpoint(cut)
+    gone = copy('gone')
+    (gone/'adapter_model.safetensors').unlink()
+    with pytest.raises(InputError, match='adapter_model.safetensors: missing'): load_checkpoint(gone)
+    text = copy('text')
+    (text/'config.json').write_text('{"kind"')
+    with pytest.raises(InputError, match='not JSON'): load_checkpoint(text)
+    other = copy('other')
+    config = json.loads((other/'config.json').read_text())
+    with pytest.raises(InputError, match='adapters do not fit'): merge_adapter(load_encoder('ViT-B-32', '', 'cpu'), other)
+    (other/'config.json').write_text(json.dumps(dict(config, base_sha256='0'*64)))
+    with pytest.raises(InputError, match='other weights'): load_checkpoint(other)
+    with pytest.raises(InputError, match='not from ViT-B-32'): load_checkpoint(adapted.folder, encoder='ViT-B-32')
+    with pytest.raises(InputError, match='no fine-tuned checkpoint'): load_checkpoint(tmp_path/'nowhere')
+
+
+def test_damaged_state(toy, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run/state.safetensors').write_bytes(b'no tensors')
+    with pytest.raises(InputError, match='delete it to start again'): finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu')
+
+
+def test_out_of_memory(toy, tmp_path, monkeypatch):
+    from hatemm_clip import finetune as module
+    def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+    monkeypatch.setattr(module, '_step', full)
+    with pytest.raises(InputError, match='batch_size 4 in 1 pieces.*accumulate=2 gives the same gradient.*checkpointing=True'): finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu')
+
+
+def test_bad_folds(toy, tmp_path):
+    only = np.where(PARTS == 'val', np.where(toy.labels == 0, 'val', 'test'), PARTS)
+    with pytest.raises(InputError, match='fold 3: no clip of the val part is labelled Hate'): finetune(toy, only, tmp_path/'run', CONFIG, 'cpu', info=dict(fold=3))
+    with pytest.raises(InputError, match='random weights, which only mode full stores'): FinetuneConfig(pretrained='')
+
+
+def test_missing_modalities_are_counted_and_masked(toy, adapted):
+    assert adapted.data == dict(clips=20, frames=57, windows=38, without_frames=1, without_text=1, without_both=0)
+    probs = predict_clips(adapted.folder, toy, device='cpu')
+    assert np.isfinite(probs).all() and np.allclose(probs.sum(1), 1)
+    np.testing.assert_allclose(predict_clips(adapted.folder, toy, [2, 3], 'cpu'), probs[[2, 3]], atol=1e-5)
+    bare = dataclasses.replace(toy, windows=[[] for _ in range(20)], counts=np.zeros(20, int))
+    assert np.ptp(predict_clips(adapted.folder, bare, device='cpu')[:, 1]) < 1e-6
+
+
+def test_tensorboard(toy, tmp_path):
+    config = dataclasses.replace(CONFIG, mode='head', epochs=1)
+    try: import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match='pip install tensorboard'): finetune(toy, PARTS, tmp_path/'run', config, 'cpu', log_dir=tmp_path/'log')
+    else:
+        finetune(toy, PARTS, tmp_path/'run', config, 'cpu', log_dir=tmp_path/'log')
+        assert list((tmp_path/'log').glob('events.*'))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run on a small corpus; the transcripts are what was spoken."
+    folder = tmp_path_factory.mktemp('finetune_run')
+    corpus = make_corpus(folder/'corpus', 20)
+    prepare_data('demo', corpus, folder/'run', folds=3)
+    clips, spoken = read_table(folder/'run/clips.parquet'), {Path(v['video_file_name']).stem: v['sentences'] for v in read_truth(corpus)}
+    rows = [dict(clip_id=c.clip_id, segments=[{k: s[k] for k in ('start', 'end', 'text')} for s in spoken[c.video_id]]) for c in clips.itertuples()]
+    rows = [dict(r, text=' '.join(s['text'] for s in r['segments']), language='en', no_speech_prob=0., backend='truth', model='truth') for r in rows]
+    rows[0] = dict(rows[0], text='', segments=[])
+    write_table(pd.DataFrame(rows), folder/'run/transcripts.parquet', TRANSCRIPTS)
+    config = dataclasses.replace(CONFIG, epochs=1, mode='projection')
+    run_finetune(folder/'run', config, device='cpu')
+    run_finetune(folder/'run', config, 'single', name='flattered', device='cpu')
+    return folder/'run'
+
+
+def test_one_row_a_sampled_frame(run):
+    clips = read_table(run/'clips.parquet').set_index('clip_id')
+    for k, features in enumerate(read_folds(run, 'projection')):
+        sampled = np.maximum(1, np.floor((clips.loc[features.ids].end - clips.loc[features.ids].start).values + 1e-6))
+        np.testing.assert_array_equal(features.masks['image'].sum(1), sampled)
+        assert features.split.shape == (1, len(clips)) and features.provenance['checkpoint']['fold'] == k
+        np.testing.assert_allclose(np.linalg.norm(features.arrays['image'][features.masks['image']], axis=1), 1, atol=2e-3)
+    assert (~features.masks['text'].any(1)).sum() == 1
+
+
+def test_features_come_from_the_folds_own_encoder(run):
+    found = read_folds(run, 'projection')
+    assert len({f.provenance['weights_sha256'] for f in found}) == 3
+    assert not np.allclose(found[0].arrays['image'], found[1].arrays['image'], atol=1e-3)
+    frozen = load_encoder(device='cpu').weights_sha256
+    assert all(f.provenance['weights_sha256'] == load_checkpoint(run/f.provenance['encoder'], 'cpu').weights_sha256 != frozen for f in found)
+
+
+def test_audit_names_the_videos(run, tmp_path):
+    splits = read_table(run/'splits.parquet')
+    test = set(splits[(splits.fold == 0) & (splits.part == 'test')].video_id)
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    shutil.rmtree(copy/'features-projection-fold0.lance')
+    shutil.copytree(copy/'features-projection-fold1.lance', copy/'features-projection-fold0.lance')
+    with pytest.raises(LeakError, match='fold 0: the encoder was fine-tuned on') as e: read_folds(copy, 'projection')
+    assert any(v in str(e.value) for v in test)
+    shutil.rmtree(copy/'features-projection-fold0.lance')
+    shutil.copytree(run/'features-projection-fold0.lance', copy/'features-projection-fold0.lance')
+    shutil.rmtree(copy/'finetune/projection/fold0')
+    shutil.copytree(run/'finetune/projection/fold1', copy/'finetune/projection/fold0')
+    with pytest.raises(InputError, match='hashes of its files differ'): read_folds(copy, 'projection')
+    seen = read_features(run/'features-flattered-single.lance').provenance['checkpoint']
+    with pytest.raises(LeakError): audit_checkpoint(seen, splits, 0)
+    for k in (1, 2):  # the validation part of fold 0 is the test part of fold 1: seen as well, to stop early
+        with pytest.raises(LeakError): audit_checkpoint(seen, splits, k)
+    assert read_checkpoint(run/'finetune/projection/fold2')[1]['fold'] == 2
+
+
+def test_finished_stage_is_left_alone(run):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob('*') if p.is_file() and p.suffix != '.lock'}
+    run_finetune(run, dataclasses.replace(CONFIG, epochs=1, mode='projection'), device='cpu')
+    assert {p: p.stat().st_mtime_ns for p in run.rglob('*') if p.is_file() and p.suffix != '.lock'} == before
+
+
+def test_killed_embedding_goes_on(run, tmp_path):
+    "Rows that a killed run lacks are made; the others stay."
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    whole = read_features(copy/'features-projection-fold1.lance')
+    from hatemm_clip.embed import open_store
+    open_store(copy/'features-projection-fold1.lance').table.delete(f"clip_id = '{whole.ids[4]}'")
+    embed_folds(copy, 'projection', device='cpu')
+    again = read_features(copy/'features-projection-fold1.lance')
+    np.testing.assert_array_equal(again.ids, whole.ids)
+    np.testing.assert_allclose(again.arrays['image'], whole.arrays['image'], atol=1e-3)
+
+
+def test_a_clip_that_cannot_be_decoded(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    clips = read_table(copy/'clips.parquet')
+    (tmp_path/'broken.mp4').write_bytes(b'no video')
+    clips.loc[0, ['path', 'sha256']] = [str(tmp_path/'broken.mp4'), 'x']
+    write_table(clips, copy/'clips.parquet', CLIPS)
+    encoder = load_encoder(device='cpu')
+    with pytest.raises(InputError, match='1 of 20 items failed'): read_clip_data(copy, encoder)
+    assert read_clip_data(copy, encoder, max_failed=.1).summary()['without_frames'] == 1
+
+
+def test_real_memes(shared, tmp_path):
+    "A few steps on real images: runs, and the loss falls."
+    import tarfile
+
+    from PIL import Image
+
+    from hatemm_clip.embed import preprocess_frames
+    encoder, images, labels = load_encoder(device='cpu'), [], []
+    with tarfile.open(shared/'data/memes/sg_memes_256px.tar') as tar:
+        rows = [json.loads(line) for line in tar.extractfile('labels.jsonl').read().splitlines()][:48]
+        for row in rows:
+            images.append(preprocess_frames(np.asarray(Image.open(tar.extractfile(row['img'])).convert('RGB'))[None], encoder.preprocess).numpy())
+            labels.append(row['label'])
+    ids = np.array([r['id'] for r in rows])
+    data = ClipData(ids, ids, np.array(labels), np.stack(images), np.ones(48, int), [[] for _ in rows], ['0', '1'])
+    done = finetune(data, np.where(np.arange(48) < 32, 'train', 'val'), tmp_path/'memes', dataclasses.replace(CONFIG, mode='full', batch_size=8), 'cpu')
+    assert done.data['without_text'] == 48 and done.history.train_loss.iloc[-1] < done.history.train_loss.iloc[0]
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_load_encoder_takes_the_folder(toy, tmp_path, mode):
+    "What 20_embed loads by path is what was fine-tuned, with the same hash."
+    done = finetune(toy, PARTS, tmp_path/mode, dataclasses.replace(CONFIG, mode=mode, epochs=1), 'cpu')
+    by_path, checked = load_encoder(str(done.folder), device='cpu'), load_checkpoint(done.folder, 'cpu')
+    assert by_path.weights_sha256 == checked.weights_sha256 and (by_path.weights_sha256 == load_encoder(device='cpu').weights_sha256) == (mode == 'head')
+    assert not changed(by_path.model.state_dict(), checked.model.state_dict())
