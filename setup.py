@@ -29,6 +29,6 @@ setup(
     package_data={cfg["lib_name"]: ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"dev": lines("dev_requirements"), "ray": lines("ray_requirements")},
     entry_points={"console_scripts": lines("console_scripts") or [cfg["console_scripts"]]},
 )

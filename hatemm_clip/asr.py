@@ -11,12 +11,13 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'word_error_rate', 'write_srt', 'write_vtt', 'make_groups', 'read_journal', 'start_ray', 'transcribe_clips',
            'read_transcripts', 'spoken_text', 'bench_asr']
 
-# %% ../nbs/10_asr.ipynb #52303c01
+# %% ../nbs/10_asr.ipynb #b3895a5f
 import json
 import os
 import platform
 import re
 import socket
+import tempfile
 import time
 import zlib
 from collections import deque
@@ -575,7 +576,7 @@ def _append(path, line):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/10_asr.ipynb #6cc67b8a
+# %% ../nbs/10_asr.ipynb #ecc93d4a
 ENGINES = ('local', 'ray')
 
 
@@ -584,7 +585,8 @@ def start_ray():  # the module ray.data
     try: import ray.data
     except ImportError as e: raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or take engine 'local'") from e
     import ray
-    if not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    try: ray.is_initialized() or ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    except Exception as e: raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); it gives up after 30 s on a busy machine: try again, or take engine 'local'") from e
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray.data
 
@@ -741,7 +743,7 @@ def _ray_groups(asr, groups, workers):
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 
-# %% ../nbs/10_asr.ipynb #59749099
+# %% ../nbs/10_asr.ipynb #e323d67e
 def spoken_text(
     video: dict, # an entry of the demo's truth: `sentences` with text, start, end (s)
     start: float = 0., # of the clip, s
@@ -753,19 +755,21 @@ def spoken_text(
 
 
 def _demo_sounds(data_dir, n):
-    "Sound and spoken words of the first `n` videos of a demo corpus."
-    from hatemm_clip.demo import read_truth
+    "Sound and spoken words of the first `n` videos of a demo corpus, or of one made for the purpose."
+    from hatemm_clip.demo import make_corpus, read_truth
+    if data_dir is None:
+        with tempfile.TemporaryDirectory() as folder: return _demo_sounds(make_corpus(folder, max(n, 8), 0), n)
     videos = read_truth(data_dir)[:n]
     folder = lambda v: Path(data_dir)/('hate_videos' if v['label'] else 'non_hate_videos')
     return [read_audio(folder(v)/v['video_file_name']) for v in videos], [spoken_text(v) for v in videos]
 
 
 def _openai_checkpoint(given):
-    usual = Path('../shared/models/whisper-tiny.en.pt')
-    try: return find_openai_model(given or (str(usual) if usual.is_file() else 'tiny.en'), download=bool(given))
+    usual = next((str(p) for p in map(Path, ('../shared/models/whisper-tiny.en.pt', '../../shared/models/whisper-tiny.en.pt')) if p.is_file()), 'tiny.en')
+    try: return find_openai_model(given or usual, download=bool(given))
     except InputError as e: raise InputError(f"the reference needs an openai-whisper checkpoint; give openai_model, a .pt file or a size ({e})") from e
 
-# %% ../nbs/10_asr.ipynb #a6504adb
+# %% ../nbs/10_asr.ipynb #2431770a
 def _timed(function):
     begun = time.perf_counter()
     result = function()
@@ -773,7 +777,7 @@ def _timed(function):
 
 
 def bench_asr(
-    data_dir: str | Path = '../demo_data', # a demo corpus, with truth.json
+    data_dir: str | Path | None = None, # a demo corpus, with truth.json; None: one is made
     openai_model: str | None = None, # checkpoint of the reference; None: ../shared/models/whisper-tiny.en.pt, or tiny.en where it has been fetched before
     backend: str = 'auto', # of the contender, see `load_asr`
     model: str = 'tiny.en',

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', 'HOP', 'MELS', 'COEFFICIENTS', 'CHUNK',
-           'ENSEMBLES', 'Encoder', 'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision', 'with_precision',
-           'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens', 'mel_filters', 'mfcc',
-           'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'store_schema', 'FeatureStore', 'store_lock',
-           'open_store', 'frame_plan', 'read_inputs', 'decoded_chunks', 'embed_items', 'embed_images',
-           'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features', 'features_info', 'format_info',
-           'export_features', 'zero_shot', 'pool_features', 'nearest_clips', 'plot_similarity', 'bench_embed',
-           'bench_store', 'demo_run']
+           'ENSEMBLES', 'RATES', 'Encoder', 'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision',
+           'with_precision', 'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens',
+           'mel_filters', 'mfcc', 'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'store_schema',
+           'FeatureStore', 'store_lock', 'open_store', 'frame_plan', 'read_inputs', 'decoded_chunks', 'embed_items',
+           'embed_images', 'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features',
+           'features_info', 'format_info', 'export_features', 'zero_shot', 'pool_features', 'nearest_clips',
+           'plot_similarity', 'bench_embed', 'bench_store', 'plan_cost', 'demo_run']
 
 # %% ../nbs/20_embed.ipynb #87c23240
 import hashlib
@@ -1159,7 +1159,7 @@ def _floor_parts(clips, encoder, batch_size=32):
         for i in range(0, len(items), batch_size): parts['forward'] += _cpu_seconds(lambda: encode(encoder, _filled(items[i:i+batch_size], batch_size)))[0]
     return parts, decoded
 
-# %% ../nbs/20_embed.ipynb #3f69e736
+# %% ../nbs/20_embed.ipynb #186f8e08
 def _turns(contenders, repeats):
     "Best wall time of each, taken in turns, and the CPU seconds then."
     took = {name: [] for name in contenders}
@@ -1174,7 +1174,7 @@ def _turns(contenders, repeats):
 def bench_embed(
     encoder: str = 'ViT-B-32', # an architecture; random weights
     videos: int = 2, # that are made
-    copies: int = 3, # times that each stands in the table of clips
+    copies: int = 2, # times that each stands in the table of clips
     seconds: int = 16, # of each, s, 720p, 25 frames per second
     workers: int = 0, # threads; 0: as many as cores
     precision: str = 'auto', # of this module's way; the other is float32, as it was
@@ -1205,7 +1205,7 @@ def bench_embed(
     machine = f'{platform.machine()}, {workers} threads, {encoder} in {fast.precision}, {len(clips)} clips of {seconds} s, 720p H.264 at {kilobits:.0f} kbit/s, {len(text_windows(clips.segments[0], fast.tokenizer, fast.context_length))} text windows a clip'
     return dict(name='embed', machine=machine, rows=rows + (bench_store(store_clips) if store_clips else []), ratios={k: round(v, 3) for k, v in ratios.items()})
 
-# %% ../nbs/20_embed.ipynb #acfc15ca
+# %% ../nbs/20_embed.ipynb #d625197e
 def bench_store(
     clips: int = 100_000,
     frames: int = 16, # vectors a clip
@@ -1214,11 +1214,11 @@ def bench_store(
     "Write, read and mend a store of random vectors; beside it, a plain NumPy file."
     rng, raw = np.random.default_rng(0), clips*frames*dim*2
     block = rng.standard_normal((1000, frames, dim), dtype=np.float32).astype(np.float16)
-    rows_of = lambda ids: dict(clip_id=[f'{i:09d}' for i in ids], image=list(block[np.asarray(ids) % 1000]), image_times=[list(range(frames))]*len(ids))
+    rows_of = lambda ids: [dict(clip_id=f'{i:09d}', image=block[i % 1000], image_times=range(frames)) for i in ids]
     took, clock = {}, time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder)/'bench.lance', dict(image=dim), {})
-        tables = lambda ids: _rows([dict(zip(rows_of(ids), values)) for values in zip(*rows_of(ids).values())], store.table.schema)
+        tables = lambda ids: _rows(rows_of(ids), store.table.schema)
         took['write'] = 0.
         for a in range(0, clips, 5000):
             table = tables(np.arange(a, min(a + 5000, clips)))
@@ -1241,6 +1241,25 @@ def bench_store(
     gigabytes = lambda what, name: dict(what=f'store: {what}', value=round(raw/1e9/took[name], 3), unit='GB/s')
     return [gigabytes('read', 'read'), gigabytes('NumPy file, read', 'NumPy read'), gigabytes('write', 'write'), gigabytes('NumPy file, write', 'NumPy write'),
             dict(what='store: upsert of 1 %', value=round(took['upsert'], 3), unit='s'), dict(what='store: compaction', value=round(took['compact'], 3), unit='s'), dict(what='store: size on disk over raw bytes', value=round(size, 4), unit='ratio')]
+
+# %% ../nbs/20_embed.ipynb #820caef3
+RATES = dict(decode=.052, resize=.007, forward=.015, asr=.023)  # CPU s: a 720p frame at one a second, twice; a ViT-B-32 frame in bfloat16; a second of sound with tiny.en
+
+
+def plan_cost(
+    videos: int,
+    seconds: float, # mean length of a video
+    cores: int = 64, # on all machines together
+    fps: float = 1., # frames per second
+    rates: dict = RATES, # CPU s: decode, resize, forward a frame; asr a second of sound
+    dim: int = 512, # features a vector
+    window: float = 20., # s of speech in a text window
+    efficiency: float = .8, # share of the cores' time that is work
+) -> pd.Series: # hours of video, core hours, days, TB
+    "Estimate what transcribing and embedding a set of videos takes."
+    frames, hours = videos*seconds*fps, videos*seconds/3600
+    vision, speech = frames*(rates['decode'] + rates['resize'] + rates['forward'])/3600, videos*seconds*rates['asr']/3600
+    return pd.Series({'hours of video': hours, 'core hours to embed': vision, 'core hours to transcribe': speech, 'days': (vision + speech)/cores/efficiency/24, 'TB of features': (frames + videos*seconds/window)*(2*dim + 4)/1e12})
 
 # %% ../nbs/20_embed.ipynb #0c3e1b1b
 def demo_run(

@@ -9,13 +9,14 @@ __all__ = ['MODALITY_DROPOUT', 'NEIGHBOURS', 'HEADS', 'FUSE_ONLY', 'MOST_MEMBERS
            'Attention', 'EncoderLayer', 'MultiModalClassifier', 'CrossModalFusion', 'MeanLinear', 'fixed_frame',
            'pick_frames', 'RandomFrame', 'sinusoid', 'FrameTransformer', 'LinearProbe', 'LateFusion', 'GatedFusion',
            'AttentionPooling', 'KNNHead', 'make_head', 'fitting_heads', 'one_thread', 'Members', 'Rows', 'Member',
-           'train_members', 'predict_members', 'take_members', 'bench_fusion', 'join_features', 'bagged_threshold',
-           'choose_calibration', 'FusionSettings', 'FusionClassifier', 'all_settings', 'run_name', 'crossval',
-           'all_different', 'tfidf_features', 'with_protocol', 'cut_clips', 'compare_protocols', 'crossval_summary',
-           'compare_heads', 'head_table', 'plot_heads', 'accuracy_by', 'val_losses', 'choose_runs', 'blend_runs',
-           'save_bundle', 'read_config', 'load_bundle', 'fit_bundle', 'explain', 'run_fusion', 'causes_of']
+           'train_members', 'predict_members', 'take_members', 'join_features', 'bagged_threshold',
+           'choose_calibration', 'FusionSettings', 'FusionClassifier', 'bench_fusion', 'all_settings', 'run_name',
+           'crossval', 'all_different', 'tfidf_features', 'with_protocol', 'cut_clips', 'compare_protocols',
+           'crossval_summary', 'compare_heads', 'head_table', 'plot_heads', 'accuracy_by', 'val_losses', 'choose_runs',
+           'blend_runs', 'save_bundle', 'read_config', 'load_bundle', 'fit_bundle', 'explain', 'run_fusion',
+           'causes_of']
 
-# %% ../nbs/40_fusion.ipynb #26f43080
+# %% ../nbs/40_fusion.ipynb #e8373ae5
 import contextlib
 import copy
 import dataclasses
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +38,9 @@ from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
-from tqdm import tqdm
 
 from .data import PREDICTIONS, PREDICTIONS_BY_CLASS, InputError, leaky_snippet, make_splits, part_of_clips, read_table, write_table
+from .data import progress as progress_bar
 from .demo import read_truth
 from .embed import Features, demo_run, read_features
 from .metrics import apply_temperature, binary_metrics, fit_temperature, paired_difference, prediction_arrays, ranking_counts, resample_videos, summarise_runs
@@ -759,117 +761,6 @@ def take_members(
     some = lambda arrays, at: {name: a[at] for name, a in arrays.items()}
     return Members(members.head, members.params[at], some(members.buffers, at), members.epoch[index], members.val_loss[index], some(members.history, index))
 
-# %% ../nbs/40_fusion.ipynb #5d7aadcd
-class _ClipFiles(torch.utils.data.Dataset):
-    "One .npy a clip: its frames, and its text vector as the last row."
-    def __init__(self, folder, labels, rows): self.folder, self.labels, self.rows = folder, labels, rows
-
-    def __len__(self): return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        item = torch.as_tensor(np.load(self.folder/f'{row}.npy'))
-        frames, text = item[:-1, None], item[-1:, None]
-        return frames, text.tile(len(frames), 1, 1), torch.tensor([self.labels[row]])
-
-
-class _OneClipClassifier(nn.Module):
-    "The project's BinaryClassifier: one clip at a time."
-    def __init__(self, dim):
-        super().__init__()
-        self.hidden, self.out = nn.Linear(2 * dim, 128), nn.Linear(128, 2)
-
-    def forward(self, frames, text): return self.out(F.relu(self.hidden(torch.cat([frames.mean(0), text.mean(0)], dim=1))))
-
-
-@torch.no_grad()
-def _score_one_by_one(model, loader):
-    "Metrics of a part, a clip at a time; also its P(label 1)."
-    model.eval()
-    labels, probs, loss = [], [], 0.
-    for frames, text, label in loader:
-        logits = model(frames, text)
-        loss += F.cross_entropy(logits, label).item()
-        labels, probs = labels + label.tolist(), probs + logits.softmax(1)[:, 1].tolist()
-    return binary_metrics(np.array(labels), np.array(probs)) | dict(loss=loss / len(labels)), np.array(probs)
-
-# %% ../nbs/40_fusion.ipynb #aa3d0999
-def _train_one_by_one(folder, labels, train, test, epochs, seed, lr=1e-5):
-    "The project's loop; P(label 1) of the test part."
-    torch.manual_seed(seed)
-    loader = lambda rows, shuffle: torch.utils.data.DataLoader(_ClipFiles(folder, labels, rows), batch_size=1, shuffle=shuffle, collate_fn=lambda batch: batch[0])
-    model = _OneClipClassifier(np.load(folder/'0.npy').shape[1])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    for _ in range(epochs):
-        model.train()
-        for frames, text, label in loader(train, True):
-            loss = F.cross_entropy(model(frames, text), label)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        schedule.step()
-        _score_one_by_one(model, loader(train, False))
-        _, probs = _score_one_by_one(model, loader(test, False))
-    return probs
-
-
-def _train_at_once(folder, labels, train, test, epochs, seeds):
-    "The same files and epochs, all seeds as one; P(label 1) of the test part, (seeds, n)."
-    clips = [np.load(folder/f'{i}.npy') for i in range(len(labels))]
-    frames = Features(np.arange(len(labels)), labels, *_padded([c[:-1] for c in clips], [c[-1:] for c in clips]), groups=np.arange(len(labels)))
-    data, config = Rows(pool_features(frames)), FusionClassifier(epochs=epochs, patience=epochs, batch_size=128)
-    members = train_members(data, labels, [Member(train, np.arange(0), s, lr=2e-3) for s in range(seeds)], config)
-    return _softmax(predict_members(members, data, np.tile(test, (seeds, 1))))[..., 1]
-
-
-def _padded(frames, texts):
-    "Arrays and masks of image and text from lists of (T, D)."
-    arrays, masks = {}, {}
-    for m, items in dict(image=frames, text=texts).items():
-        masks[m] = np.arange(max(map(len, items))) < np.array([len(x) for x in items])[:, None]
-        arrays[m] = np.zeros((*masks[m].shape, items[0].shape[1]), np.float32)
-        arrays[m][masks[m]] = np.concatenate(items)
-    return arrays, masks
-
-# %% ../nbs/40_fusion.ipynb #474673f2
-@one_thread()
-def bench_fusion(
-    seeds: int = 10, # networks
-    epochs: int = 12, # each
-    clips: int = 1300, # of 20 to 40 frames of 512 and one text vector of 512; a fifth is the test part
-    seeds_one_by_one: int = 1, # that the project's loop is measured on; its time is scaled to `seeds`
-) -> dict: # name, machine, rows of what, value, unit; ratios
-    "Time the course project's loop and this module on the same files, in one process on one thread."
-    import platform
-    import tempfile
-    import time
-    features = make_features(clips, 'text', frames=40, dim=512)
-    labels, (train, test) = features.labels, [np.flatnonzero(part) for part in (features.split[0] != 'test', features.split[0] == 'test')]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for i in range(clips): np.save(folder/f'{i}.npy', np.concatenate([features.arrays['image'][i][features.masks['image'][i]], features.arrays['text'][i, :1]]))
-        def timed(train_all, *size):
-            began = time.perf_counter()
-            return train_all(folder, labels, train, test, *size), time.perf_counter() - began
-        timed(_train_at_once, 1, 1)  # warms up
-        slow, slow_s = zip(*[timed(_train_one_by_one, epochs, s) for s in range(seeds_one_by_one)])
-        fast, fast_s = zip(*[timed(_train_at_once, epochs, seeds) for _ in range(3)])
-    slow, fast, seconds = np.stack(slow), fast[0], (np.mean(slow_s) * seeds, np.median(fast_s))
-    return dict(name='fusion', machine=f'{platform.system()}, {os.cpu_count()} cores, one thread used, torch {torch.__version__}',
-                rows=_bench_rows(labels[test], slow, fast, seconds, f'{seeds} seeds x {epochs} epochs of {clips} clips'), ratios=dict(fusion_vs_seed=seconds[0] / seconds[1]))
-
-
-def _bench_rows(labels, slow, fast, seconds, size):
-    "Times and final test metrics of both, and what they differ by."
-    n, rows = len(slow), [(f'project loop, {size}: {len(slow)} seed measured, x {len(fast) / len(slow):g}', seconds[0], 's'), (f'all at once, {size}: median of 3', seconds[1], 's')]
-    predictions = pd.concat([pd.DataFrame(dict(run=run, fold=0, seed=s, clip_id=np.arange(len(labels)), video_id=np.arange(len(labels)), part='test', label=labels, prob=probs[s])) for run, probs in (('loop', slow), ('once', fast[:n])) for s in range(n)])
-    both = paired_difference(predictions, 'once', 'loop', ['accuracy', 'auroc'])
-    for m in ('accuracy', 'auroc'):
-        rows += [(f'{m}, project loop', both.b[m], ''), (f'{m}, all at once, same seed', both.a[m], '')]
-        rows += [(f'{m}, difference', both.delta[m], ''), (f'{m}, difference, low', both.low[m], ''), (f'{m}, difference, high', both.high[m], '')]
-    return [dict(what=w, value=float(v), unit=u) for w, v, u in rows]
-
 # %% ../nbs/40_fusion.ipynb #0c72fc77
 def join_features(
     a: Features, # some clips
@@ -1005,6 +896,117 @@ class FusionClassifier(_Predictor):
         self.temperature_, self.threshold_ = choose_calibration(val.labels, self.predict_proba(val), val.groups)
         return self
 
+# %% ../nbs/40_fusion.ipynb #5d7aadcd
+class _ClipFiles(torch.utils.data.Dataset):
+    "One .npy a clip: its frames, and its text vector as the last row."
+    def __init__(self, folder, labels, rows): self.folder, self.labels, self.rows = folder, labels, rows
+
+    def __len__(self): return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        item = torch.as_tensor(np.load(self.folder/f'{row}.npy'))
+        frames, text = item[:-1, None], item[-1:, None]
+        return frames, text.tile(len(frames), 1, 1), torch.tensor([self.labels[row]])
+
+
+class _OneClipClassifier(nn.Module):
+    "The project's BinaryClassifier: one clip at a time."
+    def __init__(self, dim):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(2 * dim, 128), nn.Linear(128, 2)
+
+    def forward(self, frames, text): return self.out(F.relu(self.hidden(torch.cat([frames.mean(0), text.mean(0)], dim=1))))
+
+
+@torch.no_grad()
+def _score_one_by_one(model, loader):
+    "Metrics of a part, a clip at a time; also its P(label 1)."
+    model.eval()
+    labels, probs, loss = [], [], 0.
+    for frames, text, label in loader:
+        logits = model(frames, text)
+        loss += F.cross_entropy(logits, label).item()
+        labels, probs = labels + label.tolist(), probs + logits.softmax(1)[:, 1].tolist()
+    return binary_metrics(np.array(labels), np.array(probs)) | dict(loss=loss / len(labels)), np.array(probs)
+
+# %% ../nbs/40_fusion.ipynb #aa3d0999
+def _train_one_by_one(folder, labels, train, test, epochs, seed, lr=1e-5):
+    "The project's loop; P(label 1) of the test part."
+    torch.manual_seed(seed)
+    loader = lambda rows, shuffle: torch.utils.data.DataLoader(_ClipFiles(folder, labels, rows), batch_size=1, shuffle=shuffle, collate_fn=lambda batch: batch[0])
+    model = _OneClipClassifier(np.load(folder/'0.npy').shape[1])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    for _ in range(epochs):
+        model.train()
+        for frames, text, label in loader(train, True):
+            loss = F.cross_entropy(model(frames, text), label)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        schedule.step()
+        _score_one_by_one(model, loader(train, False))
+        _, probs = _score_one_by_one(model, loader(test, False))
+    return probs
+
+
+def _train_at_once(folder, labels, train, test, epochs, seeds):
+    "The same files and epochs, all seeds as one; P(label 1) of the test part, (seeds, n)."
+    clips = [np.load(folder/f'{i}.npy') for i in range(len(labels))]
+    frames = Features(np.arange(len(labels)), labels, *_padded([c[:-1] for c in clips], [c[-1:] for c in clips]), groups=np.arange(len(labels)))
+    data, config = Rows(pool_features(frames)), FusionClassifier(epochs=epochs, patience=epochs, batch_size=128)
+    members = train_members(data, labels, [Member(train, np.arange(0), s, lr=2e-3) for s in range(seeds)], config)
+    return _softmax(predict_members(members, data, np.tile(test, (seeds, 1))))[..., 1]
+
+
+def _padded(frames, texts):
+    "Arrays and masks of image and text from lists of (T, D)."
+    arrays, masks = {}, {}
+    for m, items in dict(image=frames, text=texts).items():
+        masks[m] = np.arange(max(map(len, items))) < np.array([len(x) for x in items])[:, None]
+        arrays[m] = np.zeros((*masks[m].shape, items[0].shape[1]), np.float32)
+        arrays[m][masks[m]] = np.concatenate(items)
+    return arrays, masks
+
+# %% ../nbs/40_fusion.ipynb #474673f2
+@one_thread()
+def bench_fusion(
+    seeds: int = 10, # networks
+    epochs: int = 12, # each
+    clips: int = 1300, # of 20 to 40 frames of 512 and one text vector of 512; a fifth is the test part
+    seeds_one_by_one: int = 1, # that the project's loop is measured on; its time is scaled to `seeds`
+) -> dict: # name, machine, rows of what, value, unit; ratios
+    "Time the course project's loop and this module on the same files, in one process on one thread."
+    import platform
+    import tempfile
+    import time
+    features = make_features(clips, 'text', frames=40, dim=512)
+    labels, (train, test) = features.labels, [np.flatnonzero(part) for part in (features.split[0] != 'test', features.split[0] == 'test')]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for i in range(clips): np.save(folder/f'{i}.npy', np.concatenate([features.arrays['image'][i][features.masks['image'][i]], features.arrays['text'][i, :1]]))
+        def timed(train_all, *size):
+            began = time.perf_counter()
+            return train_all(folder, labels, train, test, *size), time.perf_counter() - began
+        timed(_train_at_once, 1, 1)  # warms up
+        slow, slow_s = zip(*[timed(_train_one_by_one, epochs, s) for s in range(seeds_one_by_one)])
+        fast, fast_s = zip(*[timed(_train_at_once, epochs, seeds) for _ in range(3)])
+    slow, fast, seconds = np.stack(slow), fast[0], (np.mean(slow_s) * seeds, np.median(fast_s))
+    return dict(name='fusion', machine=f'{platform.system()}, {os.cpu_count()} cores, one thread used, torch {torch.__version__}',
+                rows=_bench_rows(labels[test], slow, fast, seconds, f'{seeds} seeds x {epochs} epochs of {clips} clips'), ratios=dict(fusion_vs_seed=seconds[0] / seconds[1]))
+
+
+def _bench_rows(labels, slow, fast, seconds, size):
+    "Times and final test metrics of both, and what they differ by."
+    n, rows = len(slow), [(f'project loop, {size}: {len(slow)} seed measured, x {len(fast) / len(slow):g}', seconds[0], 's'), (f'all at once, {size}: median of 3', seconds[1], 's')]
+    predictions = pd.concat([pd.DataFrame(dict(run=run, fold=0, seed=s, clip_id=np.arange(len(labels)), video_id=np.arange(len(labels)), part='test', label=labels, prob=probs[s])) for run, probs in (('loop', slow), ('once', fast[:n])) for s in range(n)])
+    both = paired_difference(predictions, 'once', 'loop', ['accuracy', 'auroc'])
+    for m in ('accuracy', 'auroc'):
+        rows += [(f'{m}, project loop', both.b[m], ''), (f'{m}, all at once, same seed', both.a[m], '')]
+        rows += [(f'{m}, difference', both.delta[m], ''), (f'{m}, difference, low', both.low[m], ''), (f'{m}, difference, high', both.high[m], '')]
+    return [dict(what=w, value=float(v), unit=u) for w, v, u in rows]
+
 # %% ../nbs/40_fusion.ipynb #fef42780
 GRIDS = {name: dict(mixup=[0., .4], label_smoothing=[.1]) for name in HEADS}
 GRIDS |= {name: dict(weight_decay=[1e-2, 1., 3.]) for name in ('MeanLinear', 'RandomFrame', 'LinearProbe')}
@@ -1026,7 +1028,7 @@ def run_name(
     "Name of a run in a `predictions` table."
     return f"{head}:{'+'.join(sorted(modalities))}"
 
-# %% ../nbs/40_fusion.ipynb #ec526012
+# %% ../nbs/40_fusion.ipynb #f2caf6f5
 def crossval(
     features: Features, # with `split`
     heads='BinaryClassifier', # a name, several, or all
@@ -1035,7 +1037,7 @@ def crossval(
     grid: dict | None = None, # parameter -> values; None: GRIDS; {}: nothing is chosen
     per_fold: dict | None = None, # modality -> function of the training rows, to features of all (N, D)
     seed: int = 0, # the first of the seeds
-    progress: bool = False, # show a bar
+    progress: bool = False, # show a bar where somebody watches
     jobs: int = 1, # runs at a time, each in a process of its own; -1: as many as there are cores
     return_history: bool = False, # give the learning curves too
     **params, # of FusionClassifier
@@ -1048,7 +1050,9 @@ def crossval(
     sets = [names] + ([[m] for m in names] if len(names) > 1 else []) if modalities is None else [sorted(s.split('+') if isinstance(s, str) else s) for s in modalities]
     runs = [(h, s) for s in sets for h in _chosen_heads(heads, s)]
     found = Parallel(jobs, return_as='generator', max_nbytes=None)(delayed(_crossval_run)(features, per_fold, h, s, seeds, grid, seed, params) for h, s in runs)
-    found = list(tqdm(found, total=len(runs), desc='crossval', unit='run', disable=not progress))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'A worker stopped')  # joblib renews a process that has grown; nothing is lost
+        found = list(progress_bar(found, total=len(runs), desc='crossval', unit='run') if progress else found)
     predictions, history = (pd.concat([tables[i] for tables in found], ignore_index=True) for i in (0, 1))
     return (predictions, history) if return_history else predictions
 

@@ -333,7 +333,7 @@ def score(bundle: str = typer.Argument(..., help='A bundle folder, such as runs/
     for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
 
-# %% ../nbs/95_pipeline.ipynb #e5073e15
+# %% ../nbs/95_pipeline.ipynb #18be828d
 @app.command()
 def check(folder: str = typer.Argument(..., help="A data set's folder."), dataset: str = typer.Option('auto', help='hatemm, demo, mhc_en, mhc_zh, folder; auto: found out.'),
           media: bool = typer.Option(True, help='Look into the videos, too.'), timeout: float = typer.Option(30., help='Seconds that one file may take.'), json_file: str = JSON):
@@ -348,17 +348,23 @@ def check(folder: str = typer.Argument(..., help="A data set's folder."), datase
 @app.command()
 def crossval(features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'), head: str = typer.Option('BinaryClassifier', help='A head, or all.'),
              modalities: str = typer.Option(None, help='Such as image+text; by default all together, and each alone.'), seeds: int = typer.Option(10),
+             protocol: str = typer.Option(None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),
              out: str = typer.Option(None, help='Write the predictions to this .parquet file.'), json_file: str = JSON):
     "Cross-validate fusion heads over the given folds."
-    from hatemm_clip.data import PREDICTIONS, PREDICTIONS_BY_CLASS, write_table
+    from hatemm_clip.data import PREDICTIONS, PREDICTIONS_BY_CLASS, read_table, write_table
     from hatemm_clip.embed import read_features
-    from hatemm_clip.fusion import crossval, crossval_summary
-    found = read_features(features)
-    predictions = crossval(found, head, [modalities] if modalities else None, seeds, progress=True)
+    from hatemm_clip.fusion import crossval, crossval_summary, head_table, with_protocol
+    found, splits = read_features(features), Path(features)/'splits.parquet'
+    if protocol: found = with_protocol(found, protocol, read_table(splits) if splits.exists() else None)
+    predictions = crossval(found, head, [modalities] if modalities else None, seeds, progress=True, jobs=-1 if head == 'all' else 1)
     if out: write_table(predictions, out, PREDICTIONS if len(found.label_names) == 2 else PREDICTIONS_BY_CLASS, head=head, seeds=seeds)
     summary = crossval_summary(predictions)
     _emit(summary, json_file)
-    if json_file != '-': _print_summary(summary)
+    if json_file == '-': return
+    _print_summary(summary)
+    if predictions.run.nunique() > 1:
+        print(f'\nagainst {predictions.run.iloc[0]}, paired by video:')
+        print(head_table(predictions).round(3).to_string())
 
 
 def _print_summary(summary):

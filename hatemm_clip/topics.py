@@ -109,12 +109,13 @@ def plot_curves(
     sns.move_legend(ax, 'upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
-# %% ../nbs/45_topics.ipynb #08c7fe02
+# %% ../nbs/45_topics.ipynb #4b60e404
 def read_titles(
     path: str | Path, # .csv with the columns Video Id, Title, Category
     topics=('art and music', 'food', 'history', 'travel'), # those to keep
 ) -> pd.DataFrame: # video_id, title, topic, group: equal titles
     "Read titles of videos; a video with two topics is left out."
+    if not Path(path).is_file(): raise InputError(f"{path}: no such file; expected a .csv with the columns Video Id, Title, Category")
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     missing = [c for c in ('Video Id', 'Title', 'Category') if not rows or c not in rows[0]]
     if missing: raise InputError(f"{path}: lacks the column {missing[0]!r}; it has {', '.join(map(str, rows[0])) if rows else 'no rows'}")

@@ -291,7 +291,8 @@ def test_subtitles_read_back(tmp_path):
 def test_ray_gives_the_same_rows_also_when_an_actor_is_killed(kill, fast, corpus, tmp_path):
     ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
     psutil = pytest.importorskip('psutil')
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000, ignore_reinit_error=True)
+    try: ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000, ignore_reinit_error=True)
+    except Exception as e: pytest.skip(f'Ray does not start on this machine now: {str(e)[:60]}')
     clips, killed = corpus[0], []
 
     def kill_one():
