@@ -9,7 +9,7 @@ __all__ = ['TABLE_METRICS', 'summarise_heads', 'metric_table', 'plot_roc', 'plot
            'error_list', 'plot_errors', 'agreement', 'risk_coverage', 'plot_risk_coverage', 'read_ee559_results',
            'ee559_table', 'plot_ee559_roc', 'write_metrics', 'write_report', 'write_model_card', 'report_run']
 
-# %% ../nbs/60_analysis.ipynb #c7d0d60c
+# %% ../nbs/60_analysis.ipynb #c9de54f6
 import base64
 import io
 import itertools
@@ -28,7 +28,7 @@ import seaborn as sns
 
 from .data import InputError, read_table
 from .metrics import (
-    binary_metrics, bootstrap_ci, match_runs, paired_difference, prediction_arrays, ranking_counts, resample_videos, select_part,
+    adjust_holm, binary_metrics, bootstrap_ci, match_runs, paired_difference, prediction_arrays, ranking_counts, resample_videos, select_part,
     simulate_predictions, summarise_runs)
 
 # %% ../nbs/60_analysis.ipynb #bf9ad28f
@@ -616,13 +616,13 @@ def write_metrics(
     _write_text(path, json.dumps(metrics, indent=1, allow_nan=False) + '\n')
     return metrics
 
-# %% ../nbs/60_analysis.ipynb #97e1d10b
+# %% ../nbs/60_analysis.ipynb #5291e10d
 _REPORT = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
 <style>
  body {font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222}
  table {border-collapse: collapse; margin: 1em 0; font-size: 13px} th, td {padding: .35em .8em; border-bottom: 1px solid #ddd; text-align: left}
- th {border-bottom: 2px solid #666} figure {display: inline-block; margin: 1em 1em 1em 0; vertical-align: top} img {max-width: 100%}
+ th {border-bottom: 2px solid #666} .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(26em, 1fr)); gap: 1em} figure {margin: 0} .wide {grid-column: 1 / -1} img {max-width: 100%}
  figcaption {font-size: 13px; color: #555; max-width: 34em} .demo {background: #fff3cd; border-left: 5px solid #e0a800; padding: .7em 1em}
  @media print {figure, tr {break-inside: avoid}}
 </style></head><body>
@@ -637,8 +637,9 @@ _REPORT = '''<!doctype html>
 <p>{{ caption }}</p>
 {% endfor %}
 <h2>Figures</h2>
-{% for heading, png, caption in figures %}<figure><img alt="{{ heading }}" src="data:image/png;base64,{{ png }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
+<div class="figures">
+{% for heading, png, caption, wide in figures %}<figure{% if wide %} class="wide"{% endif %}><img alt="{{ heading }}" src="data:image/png;base64,{{ png }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}</div>
 <h2>How to read this</h2>
 <p>Values are means over seeds of out-of-fold predictions on the {{ part }} part; ± is the standard deviation over seeds, and brackets are 95 % intervals from
 resampling whole videos. Decisions use each row's own threshold, .5 where none is given. A score is a reason for a person to look, and never by itself a reason to remove a video.</p>
@@ -653,7 +654,7 @@ def _png(ax):
     plt.close(ax.figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/60_analysis.ipynb #e325ebec
+# %% ../nbs/60_analysis.ipynb #0236821c
 _MAX_DRAWN = 6
 
 
@@ -666,7 +667,7 @@ def _robustness_figures(cells):
 
 
 def _report_figures(predictions, positive, part, cells):
-    "Heading, PNG and caption of each figure of the report."
+    "Heading, PNG and caption of each figure of the report, and whether it needs the whole width."
     rows = select_part(predictions, part)
     names = _head_names(rows)
     drawn = rows[names.isin(names.unique()[:_MAX_DRAWN])]
@@ -686,23 +687,24 @@ def _report_figures(predictions, positive, part, cells):
             heat_map = plot_robustness(group, 'macro_f1' if label_names is None else 'auroc', part=part)
             figures.append((f'Robustness, {run}', heat_map, 'Along a row: what an attack costs.'))
     if cells: figures += _robustness_figures(cells)
-    return [(heading, _png(ax), caption) for heading, ax, caption in figures]
+    wide = [ax.figure.get_size_inches()[0] > 8 for _, ax, _ in figures]  # inches
+    return [(heading, _png(ax), caption, w) for (heading, ax, caption), w in zip(figures, wide)]
 
-# %% ../nbs/60_analysis.ipynb #57b6df44
+# %% ../nbs/60_analysis.ipynb #11068aef
 def _compare_with_first(predictions, part):
     "The first run's name, and rows that compare the others with it."
     rows = select_part(predictions, part).assign(head=_head_names)
     first, *others = rows['head'].unique()
-    table = []
-    for head in others[:_MAX_DRAWN - 1]:
-        try: pairs = paired_difference(rows, {'head': head}, {'head': first}, ('macro_f1', 'auroc'), part)
-        except InputError:
-            table.append([head, 'not on the same clips, folds and seeds', ''])
-            continue
-        table.append([head] + [f'{r.delta:+.3f} [{r.low:+.3f}, {r.high:+.3f}], p = {r.p:.3f}' for r in pairs.itertuples()])
-    return first, table
+    pairs = {}
+    for head in others:
+        try: pairs[head] = paired_difference(rows, {'head': head}, {'head': first}, ('macro_f1', 'auroc'), part)
+        except InputError: pairs[head] = None
+    known = {head: table for head, table in pairs.items() if table is not None}
+    corrected = {m: dict(zip(known, adjust_holm([t.p[m] for t in known.values()]))) for m in ('macro_f1', 'auroc')}
+    cell = lambda head, m, r: f'{r.delta:+.3f} [{r.low:+.3f}, {r.high:+.3f}], p = {corrected[m][head]:.3f}'
+    return first, [[head, *(cell(head, m, t.loc[m]) for m in corrected)] if head in known else [head, 'not on the same clips, folds and seeds', ''] for head, t in pairs.items()]
 
-# %% ../nbs/60_analysis.ipynb #85a5b805
+# %% ../nbs/60_analysis.ipynb #d0bb8679
 def _facts(predictions, part, positive):
     "One line on what was scored."
     from hatemm_clip import __version__
@@ -729,7 +731,7 @@ def write_report(
     tables = [('Metrics', ['run', *table.columns], rows, 'Mean ± sd over seeds [95 % interval by video].')]
     first, differences = _compare_with_first(predictions, part)
     if differences: tables.append((f'Difference from {first}', ['run', 'macro_f1', 'auroc'], differences,
-                                   'Same videos, same seeds; interval and permutation p by video, not corrected for the number of comparisons.'))
+                                   'Same videos, same seeds; interval and permutation p by video, p corrected for the number of runs (Holm).'))
     page = jinja2.Environment(autoescape=True).from_string(_REPORT).render(
         title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, positive), tables=tables,
         figures=_report_figures(predictions, positive, part, cells))

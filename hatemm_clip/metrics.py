@@ -6,9 +6,9 @@
 __all__ = ['BINARY_METRICS', 'RUN_COLUMNS', 'ConstantPredictorWarning', 'ranking_counts', 'calibration_bins',
            'expected_calibration_error', 'binary_metrics', 'multiclass_metrics', 'simulate_predictions',
            'resample_videos', 'bootstrap_ci', 'prediction_arrays', 'select_part', 'summarise_runs', 'match_runs',
-           'paired_difference', 'mcnemar_test', 'delong_test', 'corrected_resampled_ttest', 'apply_temperature',
-           'fit_temperature', 'fit_isotonic', 'choose_threshold', 'retrieval_ranks', 'retrieval_metrics',
-           'temporal_iou', 'temporal_map']
+           'paired_difference', 'adjust_holm', 'mcnemar_test', 'delong_test', 'corrected_resampled_ttest',
+           'apply_temperature', 'fit_temperature', 'fit_isotonic', 'choose_threshold', 'retrieval_ranks',
+           'retrieval_metrics', 'temporal_iou', 'temporal_map']
 
 # %% ../nbs/05_metrics.ipynb #2f2b9da7
 import functools
@@ -455,6 +455,17 @@ def paired_difference(
         p = (1 + as_large.sum()) / (1 + n) if np.isfinite(delta[0]) else np.nan
         table.append((k, mean_a[0], mean_b[0], delta[0], *_interval(delta[1:], level), p))
     return pd.DataFrame(table, columns=['metric', 'a', 'b', 'delta', 'low', 'high', 'p']).set_index('metric')
+
+# %% ../nbs/05_metrics.ipynb #88280704
+def adjust_holm(
+    p, # p-values of one family of tests, shape (N,); NaN: no test
+) -> np.ndarray: # shape (N,)
+    "P-values corrected for many comparisons (Holm 1979)."
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)[:np.isfinite(p).sum()]
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
 
 # %% ../nbs/05_metrics.ipynb #2084f137
 def mcnemar_test(

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from hatemm_clip.data import InputError
 from hatemm_clip.embed import read_features
-from hatemm_clip.fusion import (HEADS, FusionClassifier, Member, Rows, accuracy_by, bench_fusion, blend_runs, choose_runs, compare_heads, compare_protocols, crossval,
-                                cut_clips, explain, fitting_heads, load_bundle, make_features, make_head, plot_heads, predict_members, run_name, save_bundle,
+from hatemm_clip.fusion import (HEADS, REFERENCES, FusionClassifier, Member, Rows, accuracy_by, bench_fusion, best_head, blend_runs, choose_runs, combine_heads, compare_heads, compare_protocols, crossval, crossval_folds,
+                                cut_clips, explain, fitting_heads, load_bundle, make_features, make_head, plot_heads, pool_features, predict_members, run_name, save_bundle,
                                 take_members, tfidf_features, train_members, val_losses, with_protocol)
 from hatemm_clip.metrics import summarise_runs
 
@@ -75,9 +75,11 @@ class Config:
     head, hidden, dropout, epochs, patience, batch_size, mixup, label_smoothing, class_weight, seed = 'BinaryClassifier', 8, 0., 4, 2, 8, .4, .1, 'balanced', 0
 
 
-@pytest.mark.parametrize('name', [n for n in HEADS if n != 'GatedFusion'])  # GatedFusion draws its modality dropout in common
-def test_batched_is_one_by_one(data, name):
+@names
+def test_batched_is_one_by_one(data, name, monkeypatch):
+    "K folds x S seeds at once are the same networks as one at a time, but for the dropout, which they draw in common."
     class Setting(Config): head = name
+    monkeypatch.setattr('hatemm_clip.fusion.MODALITY_DROPOUT', 0.)
     rows = Rows(HEADS[name].prepare(without_text(data, [2, 5, 40])))
     parts = [{p: np.flatnonzero(s == p) for p in ('train', 'val', 'test')} for s in data.split[:2]]
     members = [Member(f['train'][:35 - 9 * k], f['val'][:9 + k], s, k, lr=1e-3 * (k + 1)) for k, f in enumerate(parts) for s in (0, 1)]
@@ -85,8 +87,8 @@ def test_batched_is_one_by_one(data, name):
     np.testing.assert_array_equal(together.epoch, [a.epoch[0] for a in alone])
     test = np.stack([parts[m.fold]['test'][:11] for m in members])
     for i, one in enumerate(alone):
-        np.testing.assert_allclose(predict_members(together, rows, test)[i], predict_members(one, rows, test[i][None])[0], atol=2e-3)
-        np.testing.assert_allclose(together.val_loss[i], one.val_loss[0], atol=1e-3)
+        np.testing.assert_allclose(predict_members(together, rows, test)[i], predict_members(one, rows, test[i][None])[0], atol=5e-4)
+        np.testing.assert_allclose(together.val_loss[i], one.val_loss[0], atol=1e-4)
 
 
 @names
@@ -112,11 +114,11 @@ def test_constant_features_give_the_prior(data, name):
 @names
 def test_permuted_labels_give_chance(name):
     from sklearn.metrics import roc_auc_score
-    features = make_features(240, 'text', frames=3, dim=4)
+    features = make_features(720, 'text', frames=3, dim=4)
     features.labels = np.random.default_rng(0).permutation(features.labels)
     part = {p: features[features.split[0] == p] for p in ('train', 'val', 'test')}
     model = FusionClassifier(name, hidden=8, epochs=8).fit(part['train'], val=part['val'])
-    assert .25 < roc_auc_score(part['test'].labels, model.predict_proba(part['test'])[:, 1]) < .75
+    assert .36 < roc_auc_score(part['test'].labels, model.predict_proba(part['test'])[:, 1]) < .64  # three standard errors of 144 clips
 
 
 @names
@@ -198,8 +200,47 @@ def test_accuracy_by_kind(data):
 
 def test_table_and_picture(data):
     predictions = crossval(data, ['MeanLinear', 'BinaryClassifier'], seeds=2, grid={}, epochs=2)
-    ax = plot_heads(compare_heads(predictions, n=20))
-    assert len(ax.get_yticklabels()) == 6
+    figure = plot_heads(compare_heads(predictions, n=20))
+    assert [len(ax.get_yticklabels()) for ax in figure.axes] == [2, 2, 2]
+
+
+def test_references_are_scikit_learn(data):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+    features = without_text(data, [1, 3, 30])
+    predictions = crossval(features, ['LogisticRegression', 'SVM'], ['image'], 2)
+    assert predictions.groupby(['run', 'seed']).size().unique().tolist() == [5 * 24]
+    one = predictions.query("run == 'LogisticRegression:image' and seed == 1 and fold == 0")
+    x, split = pool_features(features).arrays['image'][:, 0], features.split[0]
+    scaler = StandardScaler().fit(x[split == 'train'])
+    known = [LogisticRegression(C=C, class_weight='balanced', max_iter=2000).fit(scaler.transform(x[split == 'train']), features.labels[split == 'train']) for C in REFERENCES['LogisticRegression']]
+    logits = np.log(one.prob / (1 - one.prob)) * one.temperature
+    theirs = [model.decision_function(scaler.transform(x[np.r_[np.flatnonzero(split == 'val'), np.flatnonzero(split == 'test')]])) for model in known]
+    assert min(np.abs(logits - t).max() for t in theirs) < 1e-6
+    both = crossval(features, 'SVM', ['image+text'], 1)  # clips without text are imputed
+    assert np.isfinite(both.prob).all()
+
+
+def test_a_reference_takes_more_classes(data):
+    topics = dataclasses.replace(data, labels=np.arange(60) % 3, label_names=['a', 'b', 'c'])
+    split = np.array(['train', 'train', 'val', 'test'])[np.arange(60) // 3 % 4][None]
+    predictions = crossval(dataclasses.replace(topics, split=split), ['LogisticRegression', 'SVM'], ['image'], 1)
+    assert all(len(p) == 3 and sum(p) == pytest.approx(1) for p in predictions.prob)
+
+
+def test_combined_runs_and_the_best_head(data):
+    predictions = crossval(data, ['LogisticRegression', 'MeanLinear', 'BinaryClassifier'], ['image+text'], 2, grid={}, epochs=8)
+    combined = combine_heads(predictions)
+    assert list(combined.run.unique()[3:]) == ['Chosen:image+text', 'AllHeads:image+text']
+    assert best_head(combined, 'image+text') in ('MeanLinear', 'BinaryClassifier')
+
+
+def test_folds_may_have_features_of_their_own(data):
+    shared = crossval(data, 'MeanLinear', ['image'], 1, grid={}, epochs=3)
+    folds = [dataclasses.replace(data, split=data.split[[k]], provenance=dict(fold=k)) for k in range(5)]
+    own = crossval_folds(folds, 'MeanLinear', ['image'], 1, grid={}, epochs=3)
+    assert own[['fold', 'clip_id', 'part']].equals(shared[['fold', 'clip_id', 'part']])
+    np.testing.assert_allclose(own.prob, shared.prob, atol=1e-3)
 
 
 def test_bench_keeps_the_contract():
@@ -288,4 +329,4 @@ def test_all_heads_take_bert_and_mfcc():
     heads = fitting_heads(['bert', 'mfcc'])
     assert len(heads) == 11
     predictions = crossval(dataclasses.replace(features, split=features.split[:1]), 'all', ['bert+mfcc'], 1, grid={}, epochs=3)
-    assert predictions.run.nunique() == 11 and (summarise_runs(predictions, ['auroc'], n=10)['mean'] > .6).all()
+    assert predictions.run.nunique() == 12 and (summarise_runs(predictions, ['auroc'], n=10)['mean'] > .6).all()
