@@ -4,9 +4,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 from hatemm_clip.data import InputError
-from hatemm_clip.pipeline import STAGES, fingerprint, run_pipeline
+from hatemm_clip.pipeline import STAGES, fingerprint, read_params, run_pipeline, stage_parameters
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"
 
@@ -99,3 +100,14 @@ def test_fingerprint_of_large_files(tmp_path):
     first = after(0)
     assert after(-1) != first and after(-1) == first and after(0) != first
     assert len({fingerprint(Path(__file__)), fingerprint(Path(__file__).parent), first}) == 3
+
+
+def test_params_of_hatemm_with_fine_tuning(tmp_path):
+    text = (ROOT/'nbs/params/hatemm.yml').read_text()
+    usual = read_params(ROOT/'nbs/params/hatemm.yml', ROOT/'nbs', '30_finetune')
+    assert usual['20_embed']['batch_size'] == 64 and 'batch_size' not in usual['30_finetune']  # a frame is less than a clip
+    if 'features' not in stage_parameters(ROOT/'nbs/40_fusion.ipynb'): pytest.skip('40_fusion takes no features of a fine-tuning yet')
+    head, commented = text.split('# With fine-tuning')
+    (tmp_path/'p.yml').write_text(head + '\n'.join(line.removeprefix('# ') for line in commented.splitlines()[1:]))
+    tuned = read_params(tmp_path/'p.yml', ROOT/'nbs')
+    assert list(tuned) == list(STAGES) and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['features'] == 'lora'
