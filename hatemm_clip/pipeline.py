@@ -48,7 +48,7 @@ def _one_of(value, choices, what):
     close = difflib.get_close_matches(str(value), list(choices), 1)
     _fail(f"{what} '{value}' is unknown; " + (f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(choices)}"))
 
-# %% ../nbs/95_pipeline.ipynb #295f37f5
+# %% ../nbs/95_pipeline.ipynb #ec3e8370
 def stage_parameters(
     notebook: str | Path, # .ipynb with a cell tagged `parameters`
 ) -> dict: # name → default
@@ -57,7 +57,9 @@ def stage_parameters(
     cells = [c for c in json.loads(Path(notebook).read_text(encoding='utf-8'))['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     if not cells: return {}
     body = ast.parse(''.join(cells[0]['source'])).body
-    return {n.target.id if isinstance(n, ast.AnnAssign) else n.targets[0].id: ast.literal_eval(n.value) for n in body if isinstance(n, (ast.AnnAssign, ast.Assign))}
+    lines = [n for n in body if isinstance(n, (ast.AnnAssign, ast.Assign))]
+    name = lambda line: (line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id
+    return {name(line): ast.literal_eval(line.value) for line in lines}
 
 # %% ../nbs/95_pipeline.ipynb #132a08f0
 def read_params(
@@ -177,7 +179,7 @@ def _file_hashes(stage, parameters):
     if stage == '00_data' and parameters.get('dataset', 'demo') != 'demo': names.append('data_dir')
     return {n: fingerprint(parameters[n]) for n in names if os.path.exists(parameters.get(n, ''))}
 
-# %% ../nbs/95_pipeline.ipynb #cb38950a
+# %% ../nbs/95_pipeline.ipynb #e9cc1f28
 def runnable(
     notebook: str | Path,
 ):  # a notebook node
@@ -202,9 +204,12 @@ def _execute(stage, notebooks, out, parameters):
     nbformat.write(runnable(notebooks/f'{stage}.ipynb'), source)
     try:
         with tempfile.TemporaryDirectory() as sockets:  # the kernel is spoken to through files there, not through open ports
-            papermill.execute_notebook(str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False, stderr_file=_terminal(),
-                                       config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
-    except papermill.PapermillExecutionError as e: _fail(f"{stage} failed: {e.ename}: {str(e.evalue).strip().splitlines()[0] if str(e.evalue).strip() else ''}; see {target}")
+            papermill.execute_notebook(
+                str(source), str(target), parameters, cwd=str(notebooks), kernel_name='python3', progress_bar=False, stderr_file=_terminal(),
+                config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel')))
+    except papermill.PapermillExecutionError as e:
+        reason = str(e.evalue).strip().splitlines() or ['']
+        _fail(f"{stage} failed: {e.ename}: {reason[0]}; see {target}")
     finally: source.unlink(missing_ok=True)
     return _summary(nbformat.read(target, 4))
 
@@ -337,7 +342,7 @@ def main():
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
 
-# %% ../nbs/95_pipeline.ipynb #0abab741
+# %% ../nbs/95_pipeline.ipynb #7b95235a
 def _show_version(wanted: bool):
     if not wanted: return
     from hatemm_clip import __version__
@@ -358,29 +363,42 @@ def demo(folder: str = typer.Argument(..., help='Where the corpus goes.'), n: in
 
 
 @app.command()
-def fetch(name: str = typer.Argument(..., help='hatemm or mhc.'), folder: str = typer.Argument(..., help='Where the data go.'),
-          accept_licence: bool = typer.Option(False, help='Accept the licence without being asked.'),
-          base_url: str = typer.Option(None, help='A mirror instead of Zenodo.'), ids_from: str = typer.Option(None, help='For mhc: the folder of its annotation files.')):
+def fetch(
+    name: str = typer.Argument(..., help='hatemm or mhc.'),
+    folder: str = typer.Argument(..., help='Where the data go.'),
+    accept_licence: bool = typer.Option(False, help='Accept the licence without being asked.'),
+    base_url: str = typer.Option(None, help='A mirror instead of Zenodo.'),
+    ids_from: str = typer.Option(None, help='For mhc: the folder of its annotation files.'),
+):
     "Download a data set, check it, unpack it."
     from hatemm_clip.fetch import fetch_dataset
     fetch_dataset(name, folder, accept_licence=accept_licence, base_url=base_url, ids_from=ids_from)
 
-# %% ../nbs/95_pipeline.ipynb #b9f06722
+# %% ../nbs/95_pipeline.ipynb #d1ac69a2
 @app.command()
-def run(params_file: str = typer.Argument(..., help='A .yml file, such as nbs/params/demo.yml.'), out: str = typer.Option(None, help="The run's folder; by default runs/NAME."),
-        only: str = typer.Option(None, help='Run this stage alone.'), start: str = typer.Option(None, '--from', help='Run this stage and all after it.'),
-        force: bool = typer.Option(False, help='Run what is up to date, too.')):
+def run(
+    params_file: str = typer.Argument(..., help='A .yml file, such as nbs/params/demo.yml.'),
+    out: str = typer.Option(None, help="The run's folder; by default runs/NAME."),
+    only: str = typer.Option(None, help='Run this stage alone.'),
+    start: str = typer.Option(None, '--from', help='Run this stage and all after it.'),
+    force: bool = typer.Option(False, help='Run what is up to date, too.'),
+):
     "Run the notebooks as a batch."
     folder = run_pipeline(params_file, out, only, start, force)
     if (folder/'metrics.json').exists():
         for head, metrics in json.loads((folder/'metrics.json').read_text()).items():
-            print(f'{head:<32}' + '  '.join(f"{name} {m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in metrics.items() if name in ('macro_f1', 'auroc')))
+            shown = [f"{name} {m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in metrics.items() if name in ('macro_f1', 'auroc')]
+            print(f'{head:<32}' + '  '.join(shown))
     if (folder/'report.html').exists(): print(f"report: {os.path.relpath(folder/'report.html')}")
 
 
 @app.command()
-def score(bundle: str = typer.Argument(..., help='A bundle folder, such as runs/demo/bundle.'), files: list[str] = typer.Argument(..., help='Videos.'),
-          device: str = typer.Option('auto'), json_file: str = JSON):
+def score(
+    bundle: str = typer.Argument(..., help='A bundle folder, such as runs/demo/bundle.'),
+    files: list[str] = typer.Argument(..., help='Videos.'),
+    device: str = typer.Option('auto', help='cpu, cuda or auto.'),
+    json_file: str = JSON,
+):
     "Score videos with a trained bundle."
     from hatemm_clip.serve import format_scores, score_files
     rows = score_files(bundle, files, device=device)
@@ -390,11 +408,16 @@ def score(bundle: str = typer.Argument(..., help='A bundle folder, such as runs/
     for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
 
-# %% ../nbs/95_pipeline.ipynb #18be828d
+# %% ../nbs/95_pipeline.ipynb #02592e84
 @app.command()
-def check(folder: str = typer.Argument(..., help="A data set's folder."), dataset: str = typer.Option('auto', help='hatemm, demo, mhc_en, mhc_zh, folder; auto: found out.'),
-          media: bool = typer.Option(True, help='Look into the videos, too.'), timeout: float = typer.Option(30., help='Seconds that one file may take.'), json_file: str = JSON):
-    "Validate annotations and media; exit code 1 when there are errors."
+def check(
+    folder: str = typer.Argument(..., help="A data set's folder."),
+    dataset: str = typer.Option('auto', help='hatemm, demo, mhc_en, mhc_zh, folder; auto: found out.'),
+    media: bool = typer.Option(True, help='Look into the videos, too.'),
+    timeout: float = typer.Option(30., help='Seconds that one file may take.'),
+    json_file: str = JSON,
+):
+    "Validate annotations and media; exit code 1 on errors."
     from hatemm_clip.check import check_dataset, format_report
     report = check_dataset(folder, dataset, media=media, timeout=timeout)
     _emit(report, json_file)
@@ -429,12 +452,17 @@ def _print_summary(summary):
         for modalities, metrics in sets.items():
             print(f'{head:<24}{modalities:<20}' + '  '.join(f"{m} {metrics[m]['mean']:.3f} [{metrics[m]['low']:.3f}, {metrics[m]['high']:.3f}]" for m in ('macro_f1', 'auroc') if m in metrics))
 
-# %% ../nbs/95_pipeline.ipynb #83471e04
+# %% ../nbs/95_pipeline.ipynb #a4eba3ca
 @app.command()
-def robust(features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'), head: str = typer.Option('LateFusion', help='A head.'),
-           modalities: str = typer.Option(None, help='Such as image+text; by default all.'), seeds: int = typer.Option(10),
-           out: str = typer.Option(None, help='Write the predictions to this .parquet file, cells and donors beside it.'), json_file: str = JSON):
-    "Swap, mask and spoil one modality, and train against it: the whole matrix."
+def robust(
+    features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'),
+    head: str = typer.Option('LateFusion', help='A head.'),
+    modalities: str = typer.Option(None, help='Such as image+text; by default all.'),
+    seeds: int = typer.Option(10, help='Networks a fold and training condition.'),
+    out: str = typer.Option(None, help='Write the predictions to this .parquet file, cells and donors beside it.'),
+    json_file: str = JSON,
+):
+    "Swap, mask and spoil one modality, and train against it."
     from hatemm_clip.robust import choose_training, format_cells, run_robust, worst_case
     predictions, cells = run_robust(features, out, head=head, modalities=modalities, seeds=seeds, progress=True)
     _emit(dict(cells=cells), json_file)
@@ -443,7 +471,7 @@ def robust(features: str = typer.Argument(..., help='A run, a .lance store or a 
         print(f'\nworst swap on test, by training condition (on validation, {choose_training(predictions)} is best):')
         print(worst_case(predictions).round(3).to_string())
 
-# %% ../nbs/95_pipeline.ipynb #14bd5e7b
+# %% ../nbs/95_pipeline.ipynb #3b863f28
 features_app = typer.Typer(no_args_is_help=True, help='Look into features, or take them elsewhere.')
 app.add_typer(features_app, name='features')
 
@@ -458,19 +486,22 @@ def info(path: str = typer.Argument(..., help='A run, a .lance store or a .npz f
 
 
 @features_app.command()
-def export(path: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'), out: str = typer.Argument(..., help='A .npz or .safetensors file.')):
+def export(
+    path: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'),
+    out: str = typer.Argument(..., help='A .npz or .safetensors file.'),
+):
     "Write features as one file."
     from hatemm_clip.embed import export_features
     print(export_features(path, out))
 
-# %% ../nbs/95_pipeline.ipynb #32488624
+# %% ../nbs/95_pipeline.ipynb #0bc60fdf
 BENCHES = {'decode': ('check', 'bench_decode'), 'asr': ('asr', 'bench_asr'), 'embed': ('embed', 'bench_embed'),
            'finetune': ('finetune', 'bench_finetune'), 'fusion': ('fusion', 'bench_fusion')}  # name → module and function
 
 
 @app.command()
 def bench(name: str = typer.Argument(..., help=f"One of {', '.join(BENCHES)}."), json_file: str = JSON):
-    "Measure this machine: everything in one run, side by side, as ratios."
+    "Measure this machine, side by side, as ratios."
     from importlib import import_module
     module, function = BENCHES[_one_of(name, BENCHES, 'bench')]
     result = getattr(import_module(f'hatemm_clip.{module}'), function)()

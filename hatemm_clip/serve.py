@@ -16,7 +16,7 @@ from .data import InputError, MediaError, probe, progress, read_audio
 from .embed import (Features, embed_images, encode_texts, load_audio, load_encoder, text_windows, with_precision)
 from .fusion import explain, load_bundle
 
-# %% ../nbs/90_serve.ipynb #cbd1472e
+# %% ../nbs/90_serve.ipynb #7f315d83
 SCORABLE = ('image', 'text', 'audio')  # modalities that can be made from a file
 
 
@@ -34,7 +34,8 @@ class Scorer:
         own = Path(bundle)/made['encoder']  # a fine-tuned encoder
         encoder = load_encoder(str(own) if own.is_dir() else made['encoder'], made['pretrained'], device)
         if encoder.weights_sha256 != made['weights_sha256']:
-            raise InputError(f"{bundle}: was trained with other weights of {made['encoder']}/{made['pretrained']} than those installed; train the bundle again")
+            raise InputError(f"{bundle}: was trained with other weights of {made['encoder']}/{made['pretrained']} than those installed; "
+                             'train the bundle again')
         self.encoder = with_precision(encoder, made.get('precision', 'float32'))
         self.asr = load_asr(made['asr']['backend'], made['asr']['model'], device)
         self.sound, _, heard = load_audio(*made['audio'].split()) if 'audio' in self.model.dims_ else (None, 0, {})
@@ -44,7 +45,9 @@ class Scorer:
     def _check(self):
         "Refuse a bundle whose features cannot be made from a file."
         strange = [m for m in self.model.dims_ if m not in SCORABLE]
-        if strange: raise InputError(f"{self.bundle}: was trained on {', '.join(strange)}; a file can be scored by {', '.join(SCORABLE)}, so train one on these")
+        if strange:
+            raise InputError(f"{self.bundle}: was trained on {', '.join(strange)}; a file can be scored by {', '.join(SCORABLE)}, "
+                             'so train one on these')
         needed = ['encoder', 'pretrained', 'weights_sha256', 'asr'] + ['audio']*('audio' in self.model.dims_)
         lacking = [k for k in needed if not self.made.get(k)]
         if lacking:
@@ -64,7 +67,8 @@ class Scorer:
         clip = pd.DataFrame([dict(clip_id='clip', path=str(path), start=0., end=info['duration'])])
         seen = next(embed_images(clip, self.encoder, self.made.get('fps', 1.), workers=1))
         if seen['error']: raise MediaError(seen['error'])
-        found = dict(image=(seen['image'], seen['image_times']), text=(encode_texts(self.encoder, [w['text'] for w in windows]).numpy(), [w['start'] for w in windows]))
+        text = encode_texts(self.encoder, [w['text'] for w in windows]).numpy()
+        found = dict(image=(seen['image'], seen['image_times']), text=(text, [w['start'] for w in windows]))
         if self.sound: found['audio'] = self.sound(audio)
         return _one_clip(found), windows, heard['text']
 
@@ -95,7 +99,7 @@ def _one_clip(found):
         times[m] = np.asarray(starts if there else [0.], np.float32)[None]
     return Features(np.array(['clip']), np.array([0]), arrays, masks, np.array(['clip']), times=times)
 
-# %% ../nbs/90_serve.ipynb #03e15339
+# %% ../nbs/90_serve.ipynb #507bd421
 def score_files(
     bundle: str | Path, # a bundle's folder
     files: list, # videos
@@ -112,15 +116,18 @@ def format_scores(
 ) -> str:
     "Lay scores out for a person to read."
     lines = []
+    strongest = lambda parts: sorted(parts, key=lambda p: -abs(p['contribution']))[:most]
     for r in rows:
         lines.append(r['file'])
         if r['error']: lines.append(f"  not scored: {r['error']}"); continue
-        lines.append(f"  {r['label']}   probability {r['prob']:.3f}, threshold {r['threshold']:.3f}   " + '  '.join(f'{m} {v:+.3f}' for m, v in r['modalities'].items()))
-        strongest = lambda parts: sorted(parts, key=lambda p: -abs(p['contribution']))[:most]
-        for w in strongest(r['windows']): lines.append(f"  {w['start']:7.1f} – {w['end']:5.1f} s  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
+        parts = '  '.join(f'{m} {v:+.3f}' for m, v in r['modalities'].items())
+        lines.append(f"  {r['label']}   probability {r['prob']:.3f}, threshold {r['threshold']:.3f}   {parts}")
+        for w in strongest(r['windows']):
+            lines.append(f"  {w['start']:7.1f} – {w['end']:5.1f} s  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
         for f in strongest(r['frames']): lines.append(f"  frame at {f['time']:6.1f} s  {f['contribution']:+.2f} log-odds")
         if not r['windows']: lines.append('  nothing was said')
-    if any(r['demo'] for r in rows): lines.append('\nThis is the demo bundle: trained on synthetic videos about invented groups, it says nothing about real ones.')
+    if any(r['demo'] for r in rows):
+        lines.append('\nThis is the demo bundle: trained on synthetic videos about invented groups, it says nothing about real ones.')
     return '\n'.join(lines)
 
 
