@@ -61,7 +61,7 @@ def stage_parameters(
     name = lambda line: (line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id
     return {name(line): ast.literal_eval(line.value) for line in lines}
 
-# %% ../nbs/95_pipeline.ipynb #132a08f0
+# %% ../nbs/95_pipeline.ipynb #6671a626
 def read_params(
     path: str | Path, # .yml
     notebooks: Path, # folder of the numbered notebooks
@@ -80,13 +80,14 @@ def read_params(
     names = {name for parameters in known.values() for name in parameters}
     wanted = given.pop('stages', USUAL_STAGES)
     if not isinstance(wanted, list): _fail(f"{path}: stages is {wanted!r}; expected a list, such as [{', '.join(USUAL_STAGES)}]")
-    for stage in wanted: _one_of(stage, STAGES, f'{path}: stage')
+    for stage in wanted: _one_of(str(stage), STAGES, f'{path}: stage')
     chosen = {stage: {} for stage in STAGES}
     for name, value in given.items():
         if name in STAGES:
+            if not isinstance(value or {}, dict): _fail(f"{path}: {name} is {value!r}; expected `name: value` lines under it")
             for inner, v in (value or {}).items(): chosen[name][_one_of(inner, known[name], f'{path}: parameter of {name}')] = v
         else:
-            _one_of(name, names | set(STAGES), f'{path}: parameter')
+            _one_of(str(name), names | set(STAGES), f'{path}: parameter')
             for stage in STAGES:
                 if name in known[stage]: chosen[stage].setdefault(name, value)
     typed = {stage: {n: _typed(v, known[stage][n], f'{path}: {n}') for n, v in values.items()} for stage, values in chosen.items()}
