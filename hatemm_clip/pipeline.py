@@ -24,7 +24,7 @@ from pathlib import Path
 
 import typer
 
-# %% ../nbs/95_pipeline.ipynb #6374beb2
+# %% ../nbs/95_pipeline.ipynb #c36ab000
 STAGES = {
     '00_data': ['clips.parquet', 'splits.parquet', 'failed_videos.csv'],
     '10_asr': ['transcripts.parquet', 'transcripts.parquet.journal', 'failed_transcripts.csv'],
@@ -32,7 +32,7 @@ STAGES = {
     '30_finetune': ['finetune', 'features-*.lance'],
     '40_fusion': ['predictions.parquet', 'bundle'],
     '50_robust': ['robust.parquet', 'robust.json', 'robust_donors.parquet'],
-    '60_analysis': ['metrics.json', 'report.html', 'MODEL_CARD.md'],
+    '60_analysis': ['metrics.json', 'report.html', 'MODEL_CARD.md', 'bundle/MODEL_CARD.md', 'bundle/metrics.json'],
 }  # notebook → its outputs; the first of them must exist when it is done
 USUAL_STAGES = [stage for stage in STAGES if stage != '30_finetune']
 
@@ -254,7 +254,7 @@ def _outputs(stage, out): return [path for pattern in STAGES[stage] for path in 
 def _remove_outputs(stage, out):
     for path in _outputs(stage, out): shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/95_pipeline.ipynb #d8d099c2
+# %% ../nbs/95_pipeline.ipynb #1fb824d2
 def run_pipeline(
     params_file: str | Path, # .yml
     out: str | Path | None = None, # the run's folder; None: runs/NAME, after the file
@@ -288,7 +288,8 @@ def _run_stages(params, notebooks, out, only, start, force, echo):
     for stage in STAGES:
         if stage == only or stage in params and not only:
             key, known = stage_key(stage, params[stage], code, made), log['stages'].get(stage, {})
-            fresh = known.get('key') == key and known.get('done') and (out/STAGES[stage][0]).exists()
+            complete = len(known.get('made', '').split()) == len(_outputs(stage, out))
+            fresh = known.get('key') == key and known.get('done') and complete
             if fresh and not force and stage != only and not (start and stage >= start): echo(f'{stage:<12} up to date')
             else: _run_stage(stage, key, params[stage], notebooks, out, log, echo)
         made.append(log['stages'].get(stage, {}).get('made', ''))

@@ -28,8 +28,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path/'data/HateMM_annotation.csv').write_text('a,0:10')
     monkeypatch.chdir(tmp_path)
 
-    def run(text='', **options):
-        (tmp_path/'nbs/params/p.yml').write_text('dataset: hatemm\ndata_dir: data\nstages: [00_data, 10_asr, 20_embed]\n' + text)
+    def run(text='', stages='00_data, 10_asr, 20_embed', **options):
+        (tmp_path/'nbs/params/p.yml').write_text(f'dataset: hatemm\ndata_dir: data\nstages: [{stages}]\n{text}')
         lines = []
         run_pipeline('nbs/params/p.yml', 'run', echo=lines.append, **options)
         return [line.split()[0] for line in lines if 'up to date' not in line]
@@ -66,6 +66,15 @@ def test_other_outputs_make_later_stages_stale(project):
     assert project('00_data: {batch_size: 2}\n', only='20_embed') == ['20_embed']  # of the tables that are there
     assert project('00_data: {batch_size: 2}\n') == ['00_data', '10_asr', '20_embed']
     assert project('00_data: {batch_size: 2}\n') == []
+
+
+def test_a_lost_output_is_made_again(project, tmp_path):
+    write_notebook(tmp_path/'nbs/00_data.ipynb', 'clips.parquet', "path.with_name('splits.parquet').write_text('folds')")
+    project(stages='00_data')
+    assert project(stages='00_data') == []
+    (tmp_path/'run/splits.parquet').unlink()
+    assert project(stages='00_data') == ['00_data']
+    assert (tmp_path/'run/splits.parquet').exists()
 
 
 def test_a_stage_may_be_started_from_that_the_file_does_not_name(project):
