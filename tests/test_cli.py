@@ -31,7 +31,9 @@ def test_version(hatemm):
     assert done.returncode == 0 and done.stdout.strip() == version('hatemm_clip')
 
 
-@pytest.mark.parametrize('text,told', [('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected a int'), ('- 1\n', 'holds a list'), ('10_asr:\n  modle: base\n', "did you mean 'model'")])
+@pytest.mark.parametrize('text,told', [
+    ('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected an int'), ('- 1\n', 'holds a list'),
+    ('10_asr:\n  modle: base\n', "did you mean 'model'"), ('10_asr: base\n', "10_asr is 'base'"), ('stages: [[00_data]]\n', 'is unknown')])
 def test_bad_parameters(hatemm, tmp_path, text, told):
     (tmp_path/'p.yml').write_text(text)
     assert told in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))

@@ -41,6 +41,7 @@ def test_notebooks_are_clean(copy):
 def test_readme_is_generated(copy):
     run_in(copy, sys.executable, 'tools/prepare.py', '--readme')
     assert (copy/'README.md').read_text() == (ROOT/'README.md').read_text(), 'README.md differs from nbs/index.ipynb: run `make export`'
+    assert '<style' not in (ROOT/'README.md').read_text(), 'a table as HTML in README.md: print it'
 
 
 @pytest.mark.parametrize('file', NOTEBOOKS, ids=lambda f: f.stem)
