@@ -115,8 +115,8 @@ def test_params_of_hatemm_with_fine_tuning(tmp_path):
     text = (ROOT/'nbs/params/hatemm.yml').read_text()
     usual = read_params(ROOT/'nbs/params/hatemm.yml', ROOT/'nbs', '30_finetune')
     assert usual['20_embed']['batch_size'] == 64 and 'batch_size' not in usual['30_finetune']  # a frame is less than a clip
-    if 'features' not in stage_parameters(ROOT/'nbs/40_fusion.ipynb'): pytest.skip('40_fusion takes no features of a fine-tuning yet')
+    if 'finetuned' not in stage_parameters(ROOT/'nbs/40_fusion.ipynb'): pytest.skip('40_fusion takes no features of a fine-tuning yet')
     head, commented = text.split('# With fine-tuning')
     (tmp_path/'p.yml').write_text(head + '\n'.join(line.removeprefix('# ') for line in commented.splitlines()[1:]))
     tuned = read_params(tmp_path/'p.yml', ROOT/'nbs')
-    assert list(tuned) == list(STAGES) and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['features'] == 'lora'
+    assert list(tuned) == list(STAGES) and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['finetuned'] == 'lora'
