@@ -400,12 +400,12 @@ def leave_one_out(
     kept = ~np.eye(num_items, dtype=bool)
     return score(np.ones(num_items, dtype=bool)) - np.array([score(mask) for mask in kept])
 
-# %% ../nbs/60_analysis.ipynb #01987308
+# %% ../nbs/60_analysis.ipynb #9cfc60a4
 def plot_timeline(
     times, # of the frames, s, shape (T,)
-    frame_contributions, # change of P(label 1), shape (T,)
+    frame_contributions, # change of the log-odds of label 1, shape (T,)
     windows=(), # (start, end) of transcript windows, s, shape (S, 2)
-    window_contributions=(), # change of P(label 1), shape (S,)
+    window_contributions=(), # change of the log-odds of label 1, shape (S,)
     spans=(), # annotated (start, end), s
     ax=None, # where to draw; None: a new figure
 ) -> plt.Axes: # frames as stems, windows as bars over their time, annotated spans shaded
@@ -418,7 +418,7 @@ def plot_timeline(
         ax.hlines(value, start, end, color=orange, lw=4, label='transcript window' if i == 0 else None)
     ax.axhline(0, color='.3', lw=.8)
     ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1.01, 1))
-    ax.set(xlabel='Time (s)', ylabel='Contribution to P(label 1)')
+    ax.set(xlabel='Time (s)', ylabel='Contribution to the log-odds')
     sns.despine(ax=ax)
     return ax
 

@@ -1503,7 +1503,7 @@ def fit_bundle(
     if folder is not None: save_bundle(folder, model, info, info.get('splits', ''), demo)
     return model
 
-# %% ../nbs/40_fusion.ipynb #25aa3f28
+# %% ../nbs/40_fusion.ipynb #b7a8ff4a
 def _shapley(values):
     "Exact Shapley values from the value of every subset: dict modality -> float."
     names = sorted(frozenset().union(*values))
@@ -1515,7 +1515,7 @@ def explain(
     model: FusionClassifier, # fitted
     clip: Features, # one clip
     label: int = 1, # whose probability is explained
-) -> dict: # prob, base, `modalities` (name -> Shapley value), `tokens` (name -> contribution (T,), NaN: absent)
+) -> dict: # prob, base, `modalities` (name -> Shapley value), `tokens` (name -> change of the log-odds (T,), NaN: absent)
     "What each modality, frame and window adds to a probability."
     if len(clip.ids) != 1: raise InputError(f"{len(clip.ids)} clips to explain; give one, such as features[[0]]")
     clip = sort_modalities(clip, list(model.dims_))
@@ -1526,10 +1526,11 @@ def explain(
     cases = [{m: whole[m] & (m in s) for m in names} for s in subsets] + [without(m, t) for m, t in tokens]
     many = clip[np.zeros(len(cases), int)]
     many = dataclasses.replace(many, masks={m: np.stack([c[m] for c in cases]) for m in names}, ids=np.array([f'{clip.ids[0]}/{i}' for i in range(len(cases))]))
-    probs = model.predict_proba(many)[:, label]
-    values = dict(zip(subsets, probs))
+    probs = model.predict_proba(many)
+    log_odds = np.log(probs[:, label]) - np.log(np.delete(probs, label, axis=1).sum(1))
+    values = dict(zip(subsets, probs[:, label]))
     effects = {m: np.full(len(whole[m]), np.nan) for m in names}
-    for (m, t), p in zip(tokens, probs[len(subsets):]): effects[m][t] = values[subsets[-1]] - p
+    for (m, t), left in zip(tokens, log_odds[len(subsets):]): effects[m][t] = log_odds[len(subsets) - 1] - left  # the last subset is the whole clip
     return dict(prob=float(values[subsets[-1]]), base=float(values[frozenset()]), modalities=_shapley(values), tokens=effects)
 
 # %% ../nbs/40_fusion.ipynb #c82e2dd7

@@ -410,7 +410,7 @@ def score(
     for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
 
-# %% ../nbs/95_pipeline.ipynb #02592e84
+# %% ../nbs/95_pipeline.ipynb #3657ddbe
 @app.command()
 def check(
     folder: str = typer.Argument(..., help="A data set's folder."),
@@ -428,25 +428,50 @@ def check(
 
 
 @app.command()
-def crossval(features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'), head: str = typer.Option('BinaryClassifier', help='A head, or all.'),
-             modalities: str = typer.Option(None, help='Such as image+text; by default all together, and each alone.'), seeds: int = typer.Option(10),
-             protocol: str = typer.Option(None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),
-             out: str = typer.Option(None, help='Write the predictions to this .parquet file.'), json_file: str = JSON):
+def crossval(
+    features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'),
+    head: str = typer.Option('BinaryClassifier', help='A head, LogisticRegression, SVM, several with commas, or all.'),
+    modalities: str = typer.Option(None, help='Such as image+text, several sets with commas; by default all together, and each alone.'),
+    seeds: int = typer.Option(10, min=1, help='Networks a fold.'),
+    protocol: str = typer.Option(None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),
+    out: str = typer.Option(None, help='Write the predictions to this .parquet file, and a picture beside it; for a run, RUN/crossval.parquet.'),
+    json_file: str = JSON,
+):
     "Cross-validate fusion heads over the given folds."
-    from hatemm_clip.data import PREDICTIONS, PREDICTIONS_BY_CLASS, read_table, write_table
     from hatemm_clip.embed import read_features
-    from hatemm_clip.fusion import crossval, crossval_summary, head_table, with_protocol
-    found, splits = read_features(features), Path(features)/'splits.parquet'
-    if protocol: found = with_protocol(found, protocol, read_table(splits) if splits.exists() else None)
-    predictions = crossval(found, head, [modalities] if modalities else None, seeds, progress=True, jobs=-1 if head == 'all' else 1)
-    if out: write_table(predictions, out, PREDICTIONS if len(found.label_names) == 2 else PREDICTIONS_BY_CLASS, head=head, seeds=seeds)
+    from hatemm_clip.fusion import combine_heads, crossval, crossval_summary, head_table, with_protocol
+    found, run = read_features(features), Path(features)
+    if protocol: found = with_protocol(found, protocol, _splits_of(run))
+    heads, sets = head if head == 'all' else head.split(','), modalities.split(',') if modalities else None
+    several = heads == 'all' or len(heads) > 1
+    predictions = crossval(found, heads, sets, seeds, progress=True, jobs=-1 if several else 1)
+    if several: predictions = combine_heads(predictions)
+    out = out or (run/'crossval.parquet' if (run/'clips.parquet').is_file() else None)
+    if out: _write_crossval(predictions, found, out, head=head, seeds=seeds, protocol=protocol or '')
     summary = crossval_summary(predictions)
     _emit(summary, json_file)
     if json_file == '-': return
     _print_summary(summary)
     if predictions.run.nunique() > 1:
-        print(f'\nagainst {predictions.run.iloc[0]}, paired by video:')
+        print(f'\nagainst {predictions.run.iloc[0]}, paired by video; p corrected for the number of runs (Holm):')
         print(head_table(predictions).round(3).to_string())
+    if out: print(f"\npredictions: {out}\npicture: {Path(out).with_suffix('.png')}")
+
+
+def _splits_of(run):
+    from hatemm_clip.data import read_table
+    return read_table(run/'splits.parquet') if (run/'splits.parquet').is_file() else None
+
+
+def _write_crossval(predictions, features, out, **settings):
+    "The predictions as a table, and their picture beside it."
+    import matplotlib
+    matplotlib.use('Agg')
+    from hatemm_clip.data import PREDICTIONS, PREDICTIONS_BY_CLASS, write_table
+    from hatemm_clip.fusion import compare_heads, plot_heads
+    if Path(out).suffix != '.parquet': _fail(f"--out {out}: expected a name that ends in .parquet")
+    write_table(predictions, out, PREDICTIONS if len(features.label_names) == 2 else PREDICTIONS_BY_CLASS, features.provenance.get('splits', ''), **settings)
+    plot_heads(compare_heads(predictions, 'macro_f1'), 'macro_f1', f'{len(features)} clips').savefig(Path(out).with_suffix('.png'), dpi=150)
 
 
 def _print_summary(summary):
