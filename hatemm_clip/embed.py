@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', 'HOP', 'MELS', 'COEFFICIENTS', 'CHUNK',
            'ENSEMBLES', 'RATES', 'Encoder', 'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision',
-           'with_precision', 'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens',
-           'mel_filters', 'mfcc', 'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'store_schema',
-           'FeatureStore', 'store_lock', 'open_store', 'frame_plan', 'read_inputs', 'decoded_chunks', 'embed_items',
-           'embed_images', 'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features',
+           'with_precision', 'encoder_of', 'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts',
+           'encode_tokens', 'mel_filters', 'mfcc', 'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio',
+           'store_schema', 'FeatureStore', 'store_lock', 'open_store', 'frame_plan', 'read_inputs', 'decoded_chunks',
+           'embed_items', 'embed_images', 'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features',
            'features_info', 'format_info', 'export_features', 'zero_shot', 'pool_features', 'nearest_clips',
            'plot_similarity', 'bench_embed', 'bench_store', 'plan_cost', 'demo_run']
 
@@ -142,8 +142,8 @@ def merge_adapter(
     made_of = base.weights_sha256 + file_sha256(Path(folder)/'adapter_model.safetensors')  # not of the sum, whose last bits differ between machines
     return replace(base, model=model.eval(), weights_sha256=hashlib.sha256(made_of.encode()).hexdigest())
 
-# %% ../nbs/20_embed.ipynb #30cc5030
-PRECISIONS = ('auto', 'float32', 'bfloat16')
+# %% ../nbs/20_embed.ipynb #dd7812e7
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 SMALL = 20_000_000  # parameters: a model with fewer stays in float32
 
 
@@ -151,9 +151,9 @@ SMALL = 20_000_000  # parameters: a model with fewer stays in float32
 def faster_precision(
     width: int = 768, # columns of the matrices
     device: str = 'cpu',
-) -> str: # `float32` or `bfloat16`
+) -> str: # one of PRECISIONS
     "Measure which precision multiplies matrices faster; a tie goes to float32."
-    if device.startswith('cuda'): return 'bfloat16'
+    if device.startswith('cuda'): return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     seconds = dict(float32=[], bfloat16=[])
     for _ in range(5):
         for name, took in seconds.items():
@@ -175,6 +175,19 @@ def with_precision(
         precision = 'float32' if small else faster_precision(min(encoder.dim, 1024), encoder.device)
     if precision == encoder.precision: return encoder
     return replace(encoder, model=deepcopy(encoder.model).to(getattr(torch, precision)), precision=precision)
+
+# %% ../nbs/20_embed.ipynb #e0f45b44
+def encoder_of(
+    made: dict, # provenance of a feature store: encoder, pretrained, weights_sha256, precision
+    device: str = 'cpu',
+) -> Encoder: # at the precision of the store
+    "Load the encoder that a store was made with."
+    if not made.get('encoder'): raise InputError('the features do not say which encoder made them; make them with 20_embed')
+    encoder = load_encoder(made['encoder'], made.get('pretrained') or '', device)
+    if made.get('weights_sha256') not in (None, encoder.weights_sha256):
+        raise InputError(f"the features were made with other weights of {made['encoder']}/{made.get('pretrained')} than those found here; "
+                         'use the same weights, or run 20_embed and what follows again')
+    return with_precision(encoder, made.get('precision', 'float32'))
 
 # %% ../nbs/20_embed.ipynb #8f338087
 def preprocess_frames(
