@@ -265,11 +265,11 @@ def test_groups_depend_on_the_table_alone():
 
 
 def test_flags():
-    fine = dict(text='we baked an apple cake', avg_logprob=-.3, no_speech_prob=.1, missed=0., heard=True)
+    fine = dict(text='we baked an apple cake', avg_logprob=-.3, no_speech_prob=.1, missed=0., has_speech=True)
     assert window_flags(fine) == []
     assert window_flags(fine | dict(missed=5.)) == ['missed_speech']
-    assert window_flags(fine | dict(heard=False, no_speech_prob=.7)) == ['no_speech']
-    assert window_flags(fine | dict(heard=False, text='')) == ['no_speech']
+    assert window_flags(fine | dict(has_speech=False, no_speech_prob=.7)) == ['no_speech']
+    assert window_flags(fine | dict(has_speech=False, text='')) == ['no_speech']
     assert compression_ratio('we should get rid of these '*9) > 2.4 > compression_ratio('we should get rid of these')
     assert missed_speech([], [(1., 3.)], 0., 10.) == pytest.approx(2, abs=.06) and padded_seconds(0) == 2
 

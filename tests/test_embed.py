@@ -115,7 +115,7 @@ def test_fewer_packets_than_frames():
     assert np.flatnonzero(send).tolist() == [0, 1, 2, 3, *range(50, 58)] and shown.tolist() == [3, 57, 57]
 
 
-def test_a_frame_before_its_key_frame_leans_on_the_one_before():
+def test_a_frame_before_its_key_frame_needs_the_one_before():
     pts, keys = np.array([0, 1, 5, 3, 4]), np.array([1, 0, 1, 0, 0], bool)
     assert frame_plan(pts, keys, np.array([3.5]))[0].tolist() == [True]*4 + [False]
     assert frame_plan(pts, keys, np.array([6.]))[0].tolist() == [False, False, True, False, False]
@@ -172,7 +172,7 @@ def test_two_writers_one_is_refused_readers_are_not(enc, videos, transcripts, tm
     with store_lock(tmp_path/'a.lance'):
         code = f"from hatemm_clip.embed import store_lock, open_store\nprint(len(open_store({str(tmp_path/'a.lance')!r})))\nwith store_lock({str(tmp_path/'a.lance')!r}): pass"
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.stdout.strip() == '2' and 'another run is writing to this store' in done.stderr.splitlines()[-1]
+    assert done.stdout.strip() == '2' and 'another run is writing to it' in done.stderr.splitlines()[-1]
     with store_lock(tmp_path/'a.lance'): pass
 
 
