@@ -617,7 +617,7 @@ def word_error_interval(
     low, high = np.quantile(rates, [(1 - level)/2, (1 + level)/2])
     return float(low), float(high)
 
-# %% ../nbs/10_asr.ipynb #0fb7bd0e
+# %% ../nbs/10_asr.ipynb #ad70d303
 def _stamp(seconds, mark):
     ms = round(seconds*1000)
     return f'{ms//3_600_000:02d}:{ms//60_000%60:02d}:{ms//1000%60:02d}{mark}{ms%1000:03d}'
@@ -628,7 +628,8 @@ def write_srt(
     path: str | Path,
 ) -> Path: # `path`
     "Write segments as SubRip subtitles."
-    blocks = [f"{i}\n{_stamp(s['start'], ',')} --> {_stamp(s['end'], ',')}\n{s['text'].replace('-->', '->')}\n" for i, s in enumerate(segments, start=1)]
+    blocks = [f"{i}\n{_stamp(s['start'], ',')} --> {_stamp(s['end'], ',')}\n{s['text'].replace('-->', '->')}\n"
+              for i, s in enumerate(segments, start=1)]
     Path(path).write_text('\n'.join(blocks), encoding='utf-8')
     return Path(path)
 

@@ -44,7 +44,7 @@ from .data import (SR, InputError, check_failures, file_sha256, iter_frames, par
 from .asr import ENGINES, start_ray, store_lock
 from .tiny_clip import NAME as TINY, encode_prompts, register_tiny
 
-# %% ../nbs/20_embed.ipynb #c4ccbcbd
+# %% ../nbs/20_embed.ipynb #ea057bbf
 @dataclass
 class Encoder:
     "A CLIP model with all that belongs to it."
@@ -61,7 +61,8 @@ class Encoder:
 
     def provenance(self) -> dict:
         "What must agree before features may stand side by side."
-        return dict(encoder=self.name, pretrained=self.pretrained, weights_sha256=self.weights_sha256, preprocess=self.preprocess, precision=self.precision)
+        return dict(encoder=self.name, pretrained=self.pretrained, weights_sha256=self.weights_sha256,
+                    preprocess=self.preprocess, precision=self.precision)
 
 # %% ../nbs/20_embed.ipynb #292715d8
 def pick_device(
@@ -405,7 +406,7 @@ def load_audio(
     asr = load_asr('faster-whisper', model, threads=1)
     return partial(whisper_windows, asr), whisper_dim(asr), dict(audio=f'whisper {model}', audio_sha256=asr.settings()['weights_sha256'])
 
-# %% ../nbs/20_embed.ipynb #2c1f10a8
+# %% ../nbs/20_embed.ipynb #860e3151
 def store_schema(
     dims: dict[str, int], # modality → D
     provenance: dict,
@@ -450,7 +451,7 @@ class FeatureStore:
             raise InputError(f'{self.path}: cannot be written ({_cause(e)}); what was committed before is kept: make room and run again') from e
 
     def compact(self):
-        "Merge the pieces that many commits leave and drop what no row needs; whoever reads just then must read again."
+        "Merge the pieces that many commits leave and drop what no row needs; a reader at that moment must read again."
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             self._write(lambda _: self.table.optimize(cleanup_older_than=timedelta(0)), None)
@@ -1024,7 +1025,7 @@ class Features:
         keep = lambda d: {k: v for k, v in d.items() if k in modalities}
         return replace(self, arrays=keep(self.arrays), masks=keep(self.masks), times=keep(self.times))
 
-# %% ../nbs/20_embed.ipynb #6c1d8220
+# %% ../nbs/20_embed.ipynb #683da9e4
 def _pad(column, dim):
     "An Arrow column of ragged (T, D) as a padded array and its mask."
     column = column.combine_chunks()
@@ -1052,7 +1053,7 @@ def _folds_of(clips, splits, checkpoint, all_folds):
     if checkpoint and not all_folds:
         if checkpoint.get('protocol') != 'fold': return None
         folds = [fold for fold in folds if fold == checkpoint['fold']]
-        if not folds: raise InputError(f"the encoder was fine-tuned for fold {checkpoint['fold']}, which is not in splits.parquet; run 30_finetune again")
+        if not folds: raise InputError(f"fold {checkpoint['fold']}, for which the encoder was fine-tuned, is not in the splits; run 30_finetune again")
     return np.stack([part_of_clips(clips.reset_index(), splits, fold) for fold in folds])
 
 
@@ -1121,7 +1122,7 @@ def read_features(
     path = _features_path(path)
     return _read_npz(path) if path.suffix == '.npz' else _read_store(path, all_folds)
 
-# %% ../nbs/20_embed.ipynb #20810c56
+# %% ../nbs/20_embed.ipynb #69241d01
 def _modality_info(lengths, vectors):
     "Numbers about one modality from the vectors of each clip, (N,), and some vectors, (·, D)."
     dim, longest = int(vectors.shape[-1]), int(lengths.max(initial=0))
@@ -1157,7 +1158,7 @@ def _npz_info(path):
 def features_info(
     path: str | Path, # a run, a .lance store or a .npz file
 ) -> dict: # path, clips, failed, labels, videos, folds, bytes, modalities, provenance
-    "Tell what a file of features holds."
+    "Count what a file of features holds."
     file = _features_path(path)
     parts = [file] if file.is_file() else [f for f in file.rglob('*') if f.is_file()]
     info = _npz_info(file) if file.suffix == '.npz' else _store_info(file)
