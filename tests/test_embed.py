@@ -397,6 +397,13 @@ def test_sound_is_a_third_modality(audio, width, enc, tmp_path):
     if audio == 'whisper': assert np.allclose(np.linalg.norm(rows['a']['audio'], axis=1), 1, atol=.01) and rows['a']['audio_times'] == [0., 10.]
 
 
+def test_blocks_of_sound_make_no_difference():
+    sound = np.random.default_rng(0).normal(0, .1, 20_000).astype(np.float32)
+    frames, filters, window = np.lib.stride_tricks.sliding_window_view(sound, 2048)[::512], module.mel_filters(), np.hanning(2048).astype(np.float32)
+    whole, blocks = (module._mel_power(frames, filters, window, block) for block in (1000, 7))
+    assert np.allclose(whole, blocks, rtol=1e-4)
+
+
 def test_mfcc_equals_librosa():
     librosa = pytest.importorskip('librosa', reason='librosa is the reference; it is not needed otherwise')
     from hatemm_clip.embed import mfcc
