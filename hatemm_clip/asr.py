@@ -720,19 +720,20 @@ def store_lock(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/10_asr.ipynb #73fd9fce
+# %% ../nbs/10_asr.ipynb #30387f49
 ENGINES = ('local', 'ray')
 
 
 def start_ray():  # the module ray.data
     "Attach to the Ray cluster that is up, or start Ray on this machine."
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '120')  # 30 s are too few on a busy machine
     try: import ray.data
     except ImportError as e: raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or take engine 'local'") from e
     import ray
     try: ray.is_initialized() or ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
     except Exception as e:
-        raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); it gives up after 30 s on a busy machine: "
-                         "try again, or take engine 'local'") from e
+        raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); try again when the machine is less busy, "
+                         "or take engine 'local'") from e
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray.data
 
@@ -882,7 +883,7 @@ def read_transcripts(
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
 
-# %% ../nbs/10_asr.ipynb #ee4a34fb
+# %% ../nbs/10_asr.ipynb #03d28065
 def _ray_sounds(batch):
     "The task on a CPU: the sound of a group's clips."
     pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
@@ -911,6 +912,7 @@ def _plain_clip(clip):
 
 def _ray_groups(asr, groups, workers):
     "Transcribe groups of clips with Ray Data; yields (group, rows) in any order."
+    from hatemm_clip.asr import _ray_sounds, _RayAsr  # of the package: other processes know no cell of a notebook
     if not groups: return
     data = start_ray()
     settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size,

@@ -867,7 +867,7 @@ class _RayEncoder:
         vectors, times = self.audio(np.frombuffer(data, np.float32))
         return json.dumps([vectors.tolist(), times]).encode()
 
-# %% ../nbs/20_embed.ipynb #221c2e72
+# %% ../nbs/20_embed.ipynb #d9ea02c5
 def ray_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]], # transcript by clip_id
@@ -879,12 +879,13 @@ def ray_items(
     audio: str = '', # one of AUDIO
 ): # yields the rows of `embed_items`
     "Embed clips with Ray Data."
+    from hatemm_clip.embed import _ray_inputs, _RayEncoder, Encoder  # of the package: other processes know no cell of a notebook
     if not len(clips): return
     data = start_ray()
     table = clips[['clip_id', 'path', 'start', 'end']].assign(
         path=[str(Path(p).resolve()) for p in clips.path],
         segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
-    light = replace(encoder, model=None)  # what tasks need of it
+    light = Encoder(**dict(vars(encoder), model=None))  # what tasks need of it
     inputs = data.from_pandas(table).repartition(max(workers, len(table)//8)).map_batches(
         _ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas')
     actor_options = (encoder.name, encoder.pretrained, encoder.device, encoder.precision, batch_size, audio)
