@@ -1541,7 +1541,7 @@ def _write_npy(path, block, shape):
     for a in range(0, shape[0], len(block)): file[a:a+len(block)] = block[:len(file[a:a+len(block)])]
     file.flush()
 
-# %% ../nbs/20_embed.ipynb #81abecad
+# %% ../nbs/20_embed.ipynb #d09b0b43
 def plan_cost(
     videos: int,
     seconds: float, # mean length of a video
@@ -1550,10 +1550,10 @@ def plan_cost(
     dim: int = 512, # features a vector
     window: float = 20., # s of speech in a text window
     efficiency: float = .8, # share of the cores' time that is work
-    decode: float = .052, # CPU s a 720p frame, one a second; this and the next: measured on 2 cores of a Xeon with AMX
+    decode: float = .05, # CPU s a 720p frame, one a second; all rates: measured on 2 shared cores of a Xeon with AMX
     resize: float = .007, # CPU s a 720p frame
-    forward: float = .015, # CPU s a frame, ViT-B-32 in bfloat16
-    text: float = .015, # CPU s a text window, the same model
+    forward: float = .017, # CPU s a frame, ViT-B-32 in bfloat16
+    text: float = .016, # CPU s a text window, the same model
     asr: float = .023, # CPU s a second of sound, tiny.en
 ) -> pd.Series: # hours of video, core hours, hours, GB
     "Estimate what transcribing and embedding a set of videos takes."
