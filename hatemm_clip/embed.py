@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', 'HOP', 'MELS', 'COEFFICIENTS', 'CHUNK',
-           'ENSEMBLES', 'RATES', 'Encoder', 'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision',
-           'with_precision', 'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens',
+           'ENSEMBLES', 'Encoder', 'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision', 'with_precision',
+           'encoder_of', 'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens',
            'mel_filters', 'mfcc', 'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'store_schema',
-           'FeatureStore', 'store_lock', 'open_store', 'frame_plan', 'read_inputs', 'decoded_chunks', 'embed_items',
-           'embed_images', 'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features',
-           'features_info', 'format_info', 'export_features', 'zero_shot', 'pool_features', 'nearest_clips',
-           'plot_similarity', 'bench_embed', 'bench_store', 'plan_cost', 'demo_run']
+           'FeatureStore', 'open_store', 'frame_plan', 'read_inputs', 'embed_items', 'embed_images',
+           'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features', 'features_info', 'format_info',
+           'export_features', 'zero_shot', 'pool_features', 'nearest_clips', 'pair_cosines', 'plot_similarity',
+           'bench_memory', 'bench_embed', 'bench_store', 'plan_cost', 'demo_run']
 
-# %% ../nbs/20_embed.ipynb #87c23240
+# %% ../nbs/20_embed.ipynb #665c91fb
 import hashlib
 import json
 import os
 import platform
-import re
 import queue
+import re
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -37,11 +39,12 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from .data import (SR, InputError, check_failures, file_sha256, iter_frames, part_of_clips, probe, progress, read_audio, read_frames, read_table, sample_times, table_hash)
-from .asr import ENGINES, start_ray
+from .data import (SR, InputError, check_failures, file_sha256, iter_frames, part_of_clips, probe, progress, read_audio,
+                              read_frames, read_table, sample_times, table_hash)
+from .asr import ENGINES, start_ray, store_lock
 from .tiny_clip import NAME as TINY, encode_prompts, register_tiny
 
-# %% ../nbs/20_embed.ipynb #c4ccbcbd
+# %% ../nbs/20_embed.ipynb #ea057bbf
 @dataclass
 class Encoder:
     "A CLIP model with all that belongs to it."
@@ -58,9 +61,10 @@ class Encoder:
 
     def provenance(self) -> dict:
         "What must agree before features may stand side by side."
-        return dict(encoder=self.name, pretrained=self.pretrained, weights_sha256=self.weights_sha256, preprocess=self.preprocess, precision=self.precision)
+        return dict(encoder=self.name, pretrained=self.pretrained, weights_sha256=self.weights_sha256,
+                    preprocess=self.preprocess, precision=self.precision)
 
-# %% ../nbs/20_embed.ipynb #e313a4eb
+# %% ../nbs/20_embed.ipynb #292715d8
 def pick_device(
     device: str = 'auto', # `auto`, `cpu`, `cuda`, …
 ) -> str:
@@ -71,8 +75,13 @@ def pick_device(
 def _weights_sha256(model):
     "Hash of all that shapes features; the temperature, a scalar, does not."
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()): digest.update(name.encode() + (tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b''))
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if tensor.ndim: digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _first_line(error, most=150): return str(error).splitlines()[0][:most] if str(error) else type(error).__name__
 
 
 def load_encoder(
@@ -84,12 +93,17 @@ def load_encoder(
     if (Path(name)/'config.json').is_file(): return _load_finetuned(Path(name), device)
     import open_clip
     register_tiny()
-    if name not in open_clip.list_models(): raise InputError(f"encoder '{name}' is unknown to open_clip; `open_clip.list_models()` names {len(open_clip.list_models())}, ViT-B-32 and {TINY} among them")
+    known = open_clip.list_models()
+    if name not in known:
+        raise InputError(f"encoder '{name}' is unknown to open_clip; `open_clip.list_models()` names {len(known)}, ViT-B-32 and {TINY} among them")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and pretrained not in tags and not Path(pretrained).is_file(): raise InputError(f"'{pretrained}' is neither a tag of {name} ({', '.join(tags) or 'none'}) nor a checkpoint file")
+    if pretrained and pretrained not in tags and not Path(pretrained).is_file():
+        raise InputError(f"'{pretrained}' is neither a tag of {name} ({', '.join(tags) or 'none'}) nor a checkpoint file")
     with _quiet():
         try: model = open_clip.create_model(name, pretrained=pretrained or None, device=pick_device(device))
-        except Exception as e: raise InputError(f"{name}/{pretrained} cannot be loaded ({str(e).splitlines()[0][:150]}); with no network, use --encoder {TINY} or give a checkpoint file") from e
+        except Exception as e:
+            raise InputError(f'{name}/{pretrained} cannot be loaded ({_first_line(e)}); '
+                             f'with no network, use --encoder {TINY} or give a checkpoint file') from e
     return _as_encoder(model, name, pretrained, pick_device(device))
 
 
@@ -105,30 +119,53 @@ def _quiet():
 
 def _as_encoder(model, name, pretrained, device):
     import open_clip
-    config, text = open_clip.get_model_preprocess_cfg(model), open_clip.get_model_config(name)
-    preprocess = dict(size=int(np.max(config['size'])), resize_mode=config['resize_mode'], interpolation=config['interpolation'], mean=list(config['mean']), std=list(config['std']))
-    return Encoder(model.eval(), open_clip.get_tokenizer(name), name, pretrained, preprocess, text['embed_dim'], text['text_cfg'].get('context_length', 77), device, _weights_sha256(model))
+    images, config = open_clip.get_model_preprocess_cfg(model), open_clip.get_model_config(name)
+    preprocess = dict(size=int(np.max(images['size'])), resize_mode=images['resize_mode'], interpolation=images['interpolation'],
+                      mean=list(images['mean']), std=list(images['std']))
+    return Encoder(
+        model=model.eval(), tokenizer=open_clip.get_tokenizer(name), name=name, pretrained=pretrained, preprocess=preprocess,
+        dim=config['embed_dim'], context_length=config['text_cfg'].get('context_length', 77),
+        device=device, weights_sha256=_weights_sha256(model))
 
-# %% ../nbs/20_embed.ipynb #14eeefd1
+# %% ../nbs/20_embed.ipynb #2a14f707
 FINETUNED = 'hatemm_clip.finetune'  # `kind` in config.json
 
 
-def _load_finetuned(folder, device):
-    from safetensors.torch import load_file
+def _finetuned_config(folder):
+    "config.json of a folder that 30_finetune wrote."
     try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise InputError(f"{folder/'config.json'}: not JSON; expected the folder of an encoder that 30_finetune wrote") from e
-    if not isinstance(config, dict) or config.get('kind') != FINETUNED or 'encoder' not in config: raise InputError(f"{folder}: config.json is not of kind '{FINETUNED}'; expected the folder of an encoder that 30_finetune wrote")
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{folder/'config.json'}: not JSON; expected the folder of an encoder that 30_finetune wrote") from e
+    if not isinstance(config, dict) or config.get('kind') != FINETUNED or 'encoder' not in config:
+        raise InputError(f"{folder}: config.json is not of kind '{FINETUNED}'; expected the folder of an encoder that 30_finetune wrote")
+    return config
+
+
+def _load_finetuned(folder, device):
+    "The encoder that 30_finetune began from, with what it changed."
+    config = _finetuned_config(folder)
     base = load_encoder(config['encoder'], config.get('pretrained', ''), device)
-    if config.get('base_sha256') and config.get('mode') != 'full' and base.weights_sha256 != config['base_sha256']: raise InputError(f"{folder}: fine-tuned from other weights of {config['encoder']}/{config['pretrained']} than those found here; use the same file")
-    if (folder/'adapter_model.safetensors').is_file(): return replace(merge_adapter(base, folder), name=str(folder), pretrained=FINETUNED)
-    if config.get('mode') == 'head': return replace(base, name=str(folder), pretrained=FINETUNED)
-    try: weights = load_file(folder/'encoder.safetensors', device=base.device)
-    except Exception as e: raise InputError(f"{folder/'encoder.safetensors'}: not readable ({str(e).splitlines()[0][:100]}); run 30_finetune again") from e
-    known = base.model.state_dict()
+    if config.get('base_sha256') and config.get('mode') != 'full' and base.weights_sha256 != config['base_sha256']:
+        raise InputError(f"{folder}: fine-tuned from other weights of {config['encoder']}/{config['pretrained']} than those found here; "
+                         'use the same file')
+    tuned = replace(base, name=str(folder), pretrained=FINETUNED)
+    if (folder/'adapter_model.safetensors').is_file(): return replace(merge_adapter(base, folder), name=tuned.name, pretrained=FINETUNED)
+    if config.get('mode') == 'head': return tuned
+    _change_weights(base.model, folder/'encoder.safetensors', config['encoder'])
+    return replace(tuned, weights_sha256=_weights_sha256(base.model))
+
+
+def _change_weights(model, file, name):
+    "Load the weights of a file, all of which must fit, in place of the model's."
+    from safetensors.torch import load_file
+    try: weights = load_file(file)
+    except Exception as e: raise InputError(f'{file}: not readable ({_first_line(e, 100)}); run 30_finetune again') from e
+    known = model.state_dict()
     wrong = [k for k, w in weights.items() if k not in known or known[k].shape != w.shape]
-    if wrong: raise InputError(f"{folder/'encoder.safetensors'}: {wrong[0]} does not fit {config['encoder']}, nor do {len(wrong) - 1} others; its config.json names another model than it was made with")
-    base.model.load_state_dict(weights, strict=False)
-    return replace(base, name=str(folder), pretrained=FINETUNED, weights_sha256=_weights_sha256(base.model))
+    if wrong:
+        raise InputError(f'{file}: {wrong[0]} does not fit {name}, nor do {len(wrong) - 1} others; '
+                         'its config.json names another model than it was made with')
+    model.load_state_dict(weights, strict=False)
 
 
 def merge_adapter(
@@ -138,12 +175,14 @@ def merge_adapter(
     "Add adapters to the weights that they belong to."
     from peft import PeftModel
     try: model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as e: raise InputError(f"{folder}: the adapters do not fit {base.name} ({str(e).splitlines()[0][:100]}); were they made for another architecture?") from e
-    made_of = base.weights_sha256 + file_sha256(Path(folder)/'adapter_model.safetensors')  # not of the sum, whose last bits differ between machines
-    return replace(base, model=model.eval(), weights_sha256=hashlib.sha256(made_of.encode()).hexdigest())
+    except (ValueError, RuntimeError, KeyError) as e:
+        raise InputError(f'{folder}: the adapters do not fit {base.name} ({_first_line(e, 100)}); '
+                         'were they made for another architecture?') from e
+    parts = base.weights_sha256 + file_sha256(Path(folder)/'adapter_model.safetensors')  # the last bits of the sum differ between machines
+    return replace(base, model=model.eval(), weights_sha256=hashlib.sha256(parts.encode()).hexdigest())
 
-# %% ../nbs/20_embed.ipynb #30cc5030
-PRECISIONS = ('auto', 'float32', 'bfloat16')
+# %% ../nbs/20_embed.ipynb #dd7812e7
+PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 SMALL = 20_000_000  # parameters: a model with fewer stays in float32
 
 
@@ -151,9 +190,9 @@ SMALL = 20_000_000  # parameters: a model with fewer stays in float32
 def faster_precision(
     width: int = 768, # columns of the matrices
     device: str = 'cpu',
-) -> str: # `float32` or `bfloat16`
+) -> str: # one of PRECISIONS
     "Measure which precision multiplies matrices faster; a tie goes to float32."
-    if device.startswith('cuda'): return 'bfloat16'
+    if device.startswith('cuda'): return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     seconds = dict(float32=[], bfloat16=[])
     for _ in range(5):
         for name, took in seconds.items():
@@ -176,7 +215,20 @@ def with_precision(
     if precision == encoder.precision: return encoder
     return replace(encoder, model=deepcopy(encoder.model).to(getattr(torch, precision)), precision=precision)
 
-# %% ../nbs/20_embed.ipynb #8f338087
+# %% ../nbs/20_embed.ipynb #e0f45b44
+def encoder_of(
+    made: dict, # provenance of a feature store: encoder, pretrained, weights_sha256, precision
+    device: str = 'cpu',
+) -> Encoder: # at the precision of the store
+    "Load the encoder that a store was made with."
+    if not made.get('encoder'): raise InputError('the features do not say which encoder made them; make them with 20_embed')
+    encoder = load_encoder(made['encoder'], made.get('pretrained') or '', device)
+    if made.get('weights_sha256') not in (None, encoder.weights_sha256):
+        raise InputError(f"the features were made with other weights of {made['encoder']}/{made.get('pretrained')} than those found here; "
+                         'use the same weights, or run 20_embed and what follows again')
+    return with_precision(encoder, made.get('precision', 'float32'))
+
+# %% ../nbs/20_embed.ipynb #ee529602
 def preprocess_frames(
     frames: np.ndarray, # uint8 RGB, shape (T, H, W, 3)
     preprocess: dict, # of an Encoder
@@ -185,8 +237,9 @@ def preprocess_frames(
     from PIL import Image
     size, (height, width) = preprocess['size'], frames.shape[1:3]
     filter_ = Image.Resampling.BICUBIC if preprocess['interpolation'] == 'bicubic' else Image.Resampling.BILINEAR
-    shape = dict(squash=(size, size), shortest=_scaled(width, height, size/min(width, height)), longest=_scaled(width, height, size/max(width, height)))[preprocess['resize_mode']]
-    small = np.stack([np.asarray(Image.fromarray(f).resize(shape, filter_)) for f in frames])
+    shapes = dict(squash=(size, size), shortest=_scaled(width, height, size/min(width, height)),
+                  longest=_scaled(width, height, size/max(width, height)))
+    small = np.stack([np.asarray(Image.fromarray(f).resize(shapes[preprocess['resize_mode']], filter_)) for f in frames])
     return _center(torch.from_numpy(small).permute(0, 3, 1, 2), size)
 
 
@@ -267,7 +320,7 @@ def encode_tokens(
     "Embed texts that are tokens already."
     with torch.inference_mode(): return F.normalize(encoder.model.encode_text(tokens.to(encoder.device)).float(), dim=-1).cpu()
 
-# %% ../nbs/20_embed.ipynb #55752685
+# %% ../nbs/20_embed.ipynb #45ec49a7
 AUDIO = ('', 'mfcc', 'whisper')
 AUDIO_WINDOW = 10.  # s
 FFT, HOP, MELS, COEFFICIENTS = 2048, 512, 128, 40  # librosa's, at any sampling rate
@@ -283,8 +336,15 @@ def mel_filters(
     mels = np.linspace(0, to_mel(sr/2), n_mels + 2)
     edges = np.where(mels < 15, 200*mels/3, 1000*np.exp((mels - 15)*np.log(6.4)/27))
     hz = np.fft.rfftfreq(n_fft, 1/sr)
-    up, down = ((hz - a[:, None])/(b - a)[:, None] for a, b in ((edges[:-2], edges[1:-1]), (edges[2:], edges[1:-1])))
-    return (np.maximum(0, np.minimum(up, down))*(2/(edges[2:] - edges[:-2]))[:, None]).astype(np.float32)
+    left, middle, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    triangles = np.maximum(0, np.minimum((hz - left)/(middle - left), (right - hz)/(right - middle)))
+    return (triangles*2/(right - left)).astype(np.float32)
+
+
+def _mel_power(frames, filters, window, block=1024):
+    "Mel spectrum of overlapping frames, a block at a time, so that memory stays bounded."
+    parts = [np.abs(np.fft.rfft(frames[i:i+block]*window))**2 @ filters.T for i in range(0, len(frames), block)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def mfcc(
@@ -294,12 +354,12 @@ def mfcc(
     "Mel-frequency cepstral coefficients, a row every HOP samples."
     from scipy.fft import dct
     padded = np.pad(np.asarray(audio, np.float32), FFT//2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP]*np.hanning(FFT + 1)[:-1].astype(np.float32)
-    power = np.abs(np.fft.rfft(frames))**2 @ mel_filters(sr).T
+    frames = np.lib.stride_tricks.sliding_window_view(padded, FFT)[::HOP]
+    power = _mel_power(frames, mel_filters(sr), np.hanning(FFT + 1)[:-1].astype(np.float32))
     decibels = 10*np.log10(np.maximum(power, 1e-10))
     return dct(np.maximum(decibels, decibels.max() - 80), norm='ortho')[:, :COEFFICIENTS].astype(np.float32)
 
-# %% ../nbs/20_embed.ipynb #85de0f34
+# %% ../nbs/20_embed.ipynb #d7b05486
 def mfcc_windows(
     audio: np.ndarray, # mono float32 at SR, shape (samples,)
 ) -> tuple[np.ndarray, list[float]]: # mean coefficients, float32 (W, COEFFICIENTS); starts, s; nothing for no sound
@@ -321,8 +381,8 @@ def whisper_windows(
     for start in starts:
         wave = audio[start:start + samples]
         mel = asr.features(np.pad(wave, (0, samples + 2*SR - len(wave))), padding=0)[None]
-        encoded = np.array(asr.net.encode(StorageView.from_array(np.ascontiguousarray(mel, np.float32)), to_cpu=True), np.float32)[0]
-        states.append(encoded[:max(1, round(50*len(wave)/SR))].mean(0))  # 50 states a second
+        encoded = asr.net.encode(StorageView.from_array(np.ascontiguousarray(mel, np.float32)), to_cpu=True)
+        states.append(np.array(encoded, np.float32)[0, :max(1, round(50*len(wave)/SR))].mean(0))  # 50 states a second
     if not states: return np.zeros((0, whisper_dim(asr)), np.float32), []
     return np.stack(states)/np.linalg.norm(states, axis=1, keepdims=True), [s/SR for s in starts]
 
@@ -346,7 +406,7 @@ def load_audio(
     asr = load_asr('faster-whisper', model, threads=1)
     return partial(whisper_windows, asr), whisper_dim(asr), dict(audio=f'whisper {model}', audio_sha256=asr.settings()['weights_sha256'])
 
-# %% ../nbs/20_embed.ipynb #4b90f6ec
+# %% ../nbs/20_embed.ipynb #860e3151
 def store_schema(
     dims: dict[str, int], # modality → D
     provenance: dict,
@@ -355,7 +415,7 @@ def store_schema(
     columns = [pa.field('clip_id', pa.string())]
     for name, dim in dims.items():
         columns += [pa.field(name, pa.list_(pa.list_(pa.float16(), dim))), pa.field(f'{name}_times', pa.list_(pa.float32()))]
-    columns.append(pa.field('error', pa.string()))
+    columns += [pa.field('error', pa.string()), pa.field('inputs', pa.string())]
     return pa.schema(columns, metadata={b'hatemm': json.dumps(provenance, sort_keys=True).encode()})
 
 
@@ -365,7 +425,8 @@ class FeatureStore:
     def __init__(self, path, table): self.path, self.table = Path(path), table
 
     @property
-    def provenance(self) -> dict: return dict(precision='float32') | json.loads(self.table.schema.metadata[b'hatemm'])  # old stores do not tell
+    def provenance(self) -> dict:
+        return dict(precision='float32') | json.loads(self.table.schema.metadata[b'hatemm'])  # stores of old name no precision
 
     @property
     def modalities(self) -> list[str]: return [c.removesuffix('_times') for c in self.table.schema.names if c.endswith('_times')]
@@ -386,10 +447,11 @@ class FeatureStore:
 
     def _write(self, write, rows):
         try: write(rows)
-        except Exception as e: raise InputError(f"{self.path}: cannot be written ({_cause(e)}); what was committed before is kept: make room and run again") from e
+        except Exception as e:
+            raise InputError(f'{self.path}: cannot be written ({_cause(e)}); what was committed before is kept: make room and run again') from e
 
     def compact(self):
-        "Merge the pieces that many commits leave and drop what no row needs; whoever reads just then must read again."
+        "Merge the pieces that many commits leave and drop what no row needs; a reader at that moment must read again."
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             self._write(lambda _: self.table.optimize(cleanup_older_than=timedelta(0)), None)
@@ -400,34 +462,33 @@ class FeatureStore:
         ids = table['clip_id'].to_numpy(zero_copy_only=False)
         return table if (ids[:-1] < ids[1:]).all() else table.sort_by('clip_id')
 
-# %% ../nbs/20_embed.ipynb #b90554fa
+# %% ../nbs/20_embed.ipynb #bd33aeaf
 def _cause(error):
-    "The words of an error that tell why, without addresses in the source of a library."
+    "The part of an error that names the reason, without addresses in the source of a library."
     text = ' '.join(str(error).split())
-    found = re.search(r'[^:,(]*\((os error \d+)\)', text)
-    return (found.group(0).strip() if found else text)[:120]
+    reason = re.search(r'[^:,(]*\((os error \d+)\)', text)
+    return (reason.group(0).strip() if reason else text)[:120]
+
+
+def _has_version(path):
+    "Whether a store was ever committed: a run killed while it makes one leaves a folder without a version."
+    return any((Path(path)/'_versions').glob('*.manifest'))
 
 
 def _precision_of(path):
-    "Precision of a store that is there, or None."
-    return open_store(path).provenance['precision'] if Path(path).is_dir() else None
+    "Precision of a store, or None if it has none yet."
+    return open_store(path).provenance['precision'] if _has_version(path) else None
 
 
-@contextmanager
-def store_lock(
-    path: str | Path, # NAME.lance
-):
-    "Hold a store for writing: a second run is refused, readers are not."
-    from filelock import FileLock, Timeout
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f'.{path.name}.lock'))
-    try: lock.acquire(timeout=0)
-    except Timeout: raise InputError(f"{path}: another run is writing to this store; wait for it, or name another one") from None
-    try: yield
-    finally: lock.release()
+def _differences(made, asked):
+    "What two provenances disagree on. Which clips a store holds, and where weights lie, shapes no vector."
+    made, asked = (dict(precision='float32') | p for p in (made, asked))
+    names = [name for name in dict(made, **asked) if name not in ('asr', 'clips', 'transcripts') and made.get(name) != asked.get(name)]
+    of_asr = [p.get('asr') or {} for p in (made, asked)]
+    if any(of_asr[0][k] != of_asr[1][k] for k in of_asr[0].keys() & of_asr[1].keys() - {'source'}): names.append('asr')
+    return ', '.join(f'{name} {made.get(name)!r} there, {asked.get(name)!r} asked for' for name in names)
 
-# %% ../nbs/20_embed.ipynb #2f917423
+# %% ../nbs/20_embed.ipynb #2a7e0698
 def open_store(
     path: str | Path, # a folder NAME.lance
     dims: dict[str, int] | None = None, # modality → D: make the store if it is not there
@@ -437,21 +498,20 @@ def open_store(
     os.environ.setdefault('LANCE_LOG', 'error')
     import lancedb
     path = Path(path)
-    if path.suffix != '.lance': raise InputError(f"{path}: a feature store is a folder that ends in .lance")
-    if dims is None and not path.is_dir(): raise InputError(f"{path}: no such feature store; run the stage 20_embed first")
+    if path.suffix != '.lance': raise InputError(f'{path}: a feature store is a folder that ends in .lance')
     database = lancedb.connect(str(path.parent))
-    try: store = FeatureStore(path, database.open_table(path.stem)) if path.is_dir() else None
+    if not _has_version(path):
+        if dims is None: raise InputError(f'{path}: no such feature store; run the stage 20_embed first')
+        return FeatureStore(path, database.create_table(path.stem, schema=store_schema(dims, provenance or {})))
+    try: store = FeatureStore(path, database.open_table(path.stem))
     except Exception as e:
-        if dims is None: raise InputError(f"{path}: not a readable feature store ({str(e).splitlines()[0][:100]}); delete it and run 20_embed again") from e
-        store = None
-    if store is None: return FeatureStore(path, database.create_table(path.stem, schema=store_schema(dims, provenance), mode='overwrite' if path.is_dir() else 'create'))
-    asked, there = dict(precision='float32') | (provenance or {}), store.provenance
-    if provenance is not None and there != asked:
-        differs = ', '.join(f'{k} {there.get(k)!r} there, {asked.get(k)!r} asked for' for k in dict(there, **asked) if there.get(k) != asked.get(k))
-        raise InputError(f"{path}: made otherwise ({differs}); features of different makes do not mix: use another folder or delete this one")
+        raise InputError(f'{path}: not a readable feature store ({_first_line(e, 100)}); delete it and run 20_embed again') from e
+    differs = '' if provenance is None else _differences(store.provenance, provenance)
+    if differs:
+        raise InputError(f'{path}: made otherwise ({differs}); features of different makes do not mix: use another folder or delete this one')
     return store
 
-# %% ../nbs/20_embed.ipynb #001eae48
+# %% ../nbs/20_embed.ipynb #03f3d68e
 def _ragged(items, dim):
     "A list of (T, D) arrays as an Arrow column."
     flat = np.concatenate([np.asarray(x, np.float16).reshape(-1, dim) for x in items]) if items else np.zeros((0, dim), np.float16)
@@ -459,16 +519,19 @@ def _ragged(items, dim):
     return pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), dim))
 
 
-def _rows(results, schema):
-    columns = []
-    for f in schema:
-        values = [r.get(f.name) for r in results]
-        if pa.types.is_list(f.type) and pa.types.is_fixed_size_list(f.type.value_type): columns.append(_ragged([np.zeros((0, 1)) if v is None else v for v in values], f.type.value_type.list_size))
-        elif pa.types.is_list(f.type): columns.append(pa.array([[] if v is None else [float(x) for x in v] for v in values], f.type))
-        else: columns.append(pa.array(['' if v is None else v for v in values], f.type))
-    return pa.table(columns, schema=schema)
+def _column(values, kind):
+    "An Arrow column of vectors, times or words; None is nothing of each."
+    if not pa.types.is_list(kind): return pa.array(['' if v is None else v for v in values], kind)
+    if not pa.types.is_fixed_size_list(kind.value_type): return pa.array([[] if v is None else [float(x) for x in v] for v in values], kind)
+    dim = kind.value_type.list_size
+    return _ragged([np.zeros((0, dim)) if v is None else v for v in values], dim)
 
-# %% ../nbs/20_embed.ipynb #33d201a1
+
+def _rows(results, schema):
+    "Results as rows of a store."
+    return pa.table([_column([r.get(f.name) for r in results], f.type) for f in schema], schema=schema)
+
+# %% ../nbs/20_embed.ipynb #513d1a98
 def frame_plan(
     pts: np.ndarray, # time of each packet, in the order of decoding, s, shape (P,)
     keys: np.ndarray, # whether it starts anew, bool, shape (P,)
@@ -479,11 +542,11 @@ def frame_plan(
     shown = order[np.clip(np.searchsorted(pts[order], wanted, side='right') - 1, 0, None)]
     starts, send = np.flatnonzero(keys), np.zeros(len(pts), bool)
     for packet in np.unique(shown):
-        before = starts[(starts <= packet) & (pts[starts] <= pts[packet])]  # a frame shown before its key frame leans on the one before
+        before = starts[(starts <= packet) & (pts[starts] <= pts[packet])]  # a frame shown before its key frame needs the key frame before it
         send[before.max(initial=0):packet + 1] = True
     return send, shown
 
-# %% ../nbs/20_embed.ipynb #e0511609
+# %% ../nbs/20_embed.ipynb #abf00d41
 @lru_cache(maxsize=8)
 def _packets(path, changed):
     "Number, time (s), key flag and visibility of a video's packets, in the order of decoding."
@@ -501,7 +564,7 @@ def _planned_frames(path, times):
     import av
     pts, seconds, keys, visible = _packets(path, os.stat(path).st_mtime_ns)
     send, shown = frame_plan(np.where(visible, seconds, seconds.min() - 1), keys, seconds[visible].min() + times)
-    looked_at, last, given = set(pts[shown].tolist()), int(np.flatnonzero(send)[-1]), 0
+    wanted, last, done = set(pts[shown].tolist()), int(np.flatnonzero(send)[-1]), 0
     with av.open(path) as container:
         stream = container.streams.best('video')
         codec = stream.codec_context
@@ -509,21 +572,21 @@ def _planned_frames(path, times):
         for number, packet in enumerate(p for p in container.demux(stream) if p.size):
             if number > last: break
             if not send[number]: continue
-            codec.skip_frame = 'DEFAULT' if packet.pts in looked_at else 'NONREF'
-            found = codec.decode(packet)
+            codec.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
+            frames = codec.decode(packet)
             if number == last or not send[number + 1]:
-                found += codec.decode(None)
+                frames += codec.decode(None)
                 codec.flush_buffers()
-            for frame in found:
-                while given < len(shown) and frame.pts == pts[shown[given]]:
+            for frame in frames:
+                while done < len(shown) and frame.pts == pts[shown[done]]:
                     yield _upright_rgb(frame)
-                    given += 1
-    if given < len(shown): raise ValueError('a frame did not come')
+                    done += 1
+    if done < len(shown): raise ValueError('a frame did not come')
 
 
 def _upright_rgb(frame): return np.ascontiguousarray(np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation//90))
 
-# %% ../nbs/20_embed.ipynb #02789c77
+# %% ../nbs/20_embed.ipynb #b285c336
 CHUNK = 16  # frames handed over at once
 
 
@@ -543,47 +606,11 @@ def read_inputs(
         for i in range(0, len(times), CHUNK):
             yield torch.cat([preprocess_frames(next(frames)[None], preprocess) for _ in times[i:i+CHUNK]]), times[i:i+CHUNK]
             done = i + CHUNK
-    except (av.error.FFmpegError, ValueError, StopIteration, RuntimeError): pass  # told below, if it is not only the plan that fails
+    except (av.error.FFmpegError, ValueError, StopIteration, RuntimeError): pass  # raised below, if it is not only the plan that fails
     if done < len(times) or not len(times):
-        for frames, found in iter_frames(path, fps=fps, start=start, end=min(end, info['duration'] or end)):
-            if len(found) > done: yield preprocess_frames(frames[done:], preprocess), found[done:]
-            done = max(0, done - len(found))
-
-# %% ../nbs/20_embed.ipynb #72f73220
-def _decode_clip(clip, preprocess, fps, out, stopped):
-    "Decode a clip into the queue `out`, chunk by chunk."
-    def put(item):
-        while not stopped.is_set():
-            try: return out.put(item, timeout=.5)
-            except queue.Full: continue
-    try:
-        for images, times in read_inputs(clip.path, preprocess, fps, clip.start, clip.end):
-            if stopped.is_set(): return
-            put((clip.clip_id, images, times, None))
-        put((clip.clip_id, None, None, None))
-    except InputError as e: put((clip.clip_id, None, None, str(e)))
-
-
-def decoded_chunks(
-    clips: pd.DataFrame, # clip_id, path, start, end
-    encoder: Encoder,
-    fps: float,
-    workers: int = 2, # decoding threads
-    ahead: int = 8, # chunks that may wait
-): # yields (clip_id, uint8 (T, 3, size, size) or None at a clip's end, times, error or None)
-    "Decode clips on threads, for a caller that does the rest."
-    out, stopped = queue.Queue(ahead), threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_decode_clip, clip, encoder.preprocess, fps, out, stopped) for clip in clips.itertuples()]
-        try:
-            left = len(jobs)
-            while left:
-                item = out.get()
-                left -= item[1] is None
-                yield item
-        finally:
-            stopped.set()
-            for job in jobs: job.cancel()
+        for frames, shown_at in iter_frames(path, fps=fps, start=start, end=min(end, info['duration'] or end)):
+            if len(shown_at) > done: yield preprocess_frames(frames[done:], preprocess), shown_at[done:]
+            done = max(0, done - len(shown_at))
 
 # %% ../nbs/20_embed.ipynb #b4434d67
 @contextmanager
@@ -599,96 +626,130 @@ def _filled(inputs, size):
     "A batch of exactly `size`; what is missing repeats the last item."
     return torch.cat([torch.stack(inputs), inputs[-1].expand(size - len(inputs), *inputs[-1].shape)])
 
-# %% ../nbs/20_embed.ipynb #09e28db7
-class _Embedding:
-    "Clips that threads embed together."
+# %% ../nbs/20_embed.ipynb #d51ba57a
+class _Batches:
+    "Frames and texts that wait for a forward pass, and the clips they come from; threads share it."
 
-    def __init__(self, clips, encoder, fps, batch_size, segments, overlap, audio, read):
-        self.encoder, self.batch_size, self.overlap, self.audio = encoder, batch_size, overlap, audio
-        self.read = read or (lambda clip: read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end))
-        self.clips, self.segments, self.decoding = iter(clips.itertuples()), segments, 0
-        self.changed, self.stopped = threading.Condition(), False
-        self.waiting, self.rows, self.done = dict(image=[], text=[]), {}, queue.Queue(4*batch_size)
+    def __init__(self, clips, size):
+        self.clips, self.size, self.waiting = iter(clips.itertuples()), size, dict(image=[], text=[])
+        self.changed, self.decoding, self.stopped = threading.Condition(), 0, False
 
-    def work(self):
-        "What each thread does."
-        try:
-            while clip := self._next_clip():
-                self._open(clip)
-                with self.changed:
-                    self.decoding -= 1
-                    self.changed.notify_all()
-            while batch := self._take(wait=True): self._forward(*batch)
-        except Exception as e: self._give(e)
-
-    def _next_clip(self):
+    def next_clip(self):
+        "A clip to decode, or None."
         with self.changed:
             clip = None if self.stopped else next(self.clips, None)
             self.decoding += clip is not None
             return clip
 
-    def _open(self, clip):
-        "Put all of a clip's inputs forward, and run the batches that come together."
-        row = self.rows[clip.clip_id] = dict(missing=1, error='', vectors={}, times=dict(image=[], text=[]))
-        try:
-            if self.segments is not None: self._add_text(clip)
-            for images, times in self.read(clip):
-                if self.stopped: return
-                self._add(clip.clip_id, 'image', images, times)
-            if self.audio: row['audio'], row['audio_times'] = self.audio(read_audio(clip.path, clip.start, clip.end))
-        except InputError as e: row['error'] = str(e)
-        self._less(clip.clip_id, 1)
-
-    def _add_text(self, clip):
-        windows = text_windows(self.segments.get(clip.clip_id, []), self.encoder.tokenizer, self.encoder.context_length, self.overlap)
-        if windows: self._add(clip.clip_id, 'text', self.encoder.tokenizer([w['text'] for w in windows]), [w['start'] for w in windows])
-
-    def _add(self, clip_id, modality, inputs, times):
+    def clip_decoded(self):
         with self.changed:
-            row = self.rows[clip_id]
-            row['missing'] += len(inputs)
-            self.waiting[modality] += [(clip_id, len(row['times'][modality]) + i, x) for i, x in enumerate(inputs)]
-            row['times'][modality] += [float(t) for t in times]
+            self.decoding -= 1
             self.changed.notify_all()
-        while batch := self._take(): self._forward(*batch)
 
-    def _take(self, wait=False):
-        "A batch that is full, or, when all is decoded, what is left; None if there is none."
+    def add(self, modality, inputs):
         with self.changed:
-            ready = lambda: [m for m, items in self.waiting.items() if len(items) >= (1 if wait and not self.decoding else self.batch_size)]
-            if wait: self.changed.wait_for(lambda: self.stopped or ready() or not self.decoding)
-            if self.stopped or not ready(): return None
-            modality = ready()[0]
-            items, self.waiting[modality] = self.waiting[modality][:self.batch_size], self.waiting[modality][self.batch_size:]
-            return modality, items
+            self.waiting[modality] += inputs
+            self.changed.notify_all()
 
-    def _forward(self, modality, items):
+    def take(self, wait=False):
+        "Modality and inputs of a full batch or, waiting until all is decoded, of what is left; None if there is none."
+        with self.changed:
+            ready = lambda n: next((m for m, inputs in self.waiting.items() if len(inputs) >= n), None)
+            if wait: self.changed.wait_for(lambda: self.stopped or ready(self.size) or not self.decoding)
+            modality = ready(1 if wait and not self.decoding else self.size)
+            if self.stopped or modality is None: return None
+            inputs = self.waiting[modality]
+            self.waiting[modality] = inputs[self.size:]
+            return modality, inputs[:self.size]
+
+    def stop(self):
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+# %% ../nbs/20_embed.ipynb #e0a9df09
+class _Row:
+    "A clip that is being embedded: what came of it, and how many of its inputs are still missing."
+
+    def __init__(self, clip_id):
+        self.clip_id, self.error, self.missing = clip_id, '', 1  # the clip itself counts until it is decoded
+        self.vectors, self.times, self.audio = {}, dict(image=[], text=[]), {}
+
+    def add(self, modality, inputs, times):
+        "Number inputs of this clip, for a batch."
+        first = len(self.times[modality])
+        self.missing += len(inputs)
+        self.times[modality] += [float(t) for t in times]
+        return [(self, first + i, x) for i, x in enumerate(inputs)]
+
+    def result(self, modalities, dim):
+        if self.error: return dict(clip_id=self.clip_id, error=self.error)
+        result = dict(clip_id=self.clip_id, error='')
+        for m in modalities:
+            vectors = [self.vectors[m, i] for i in range(len(self.times[m]))]
+            result |= {m: np.array(vectors, np.float32).reshape(-1, dim), f'{m}_times': self.times[m]}
+        return result | self.audio
+
+# %% ../nbs/20_embed.ipynb #3642e0ba
+class _Embedding:
+    "Clips that threads embed together."
+
+    def __init__(self, batches, encoder, segments, overlap, audio, read):
+        self.batches, self.encoder, self.segments, self.overlap = batches, encoder, segments, overlap
+        self.audio, self.read = audio, read
+        self.lock, self.done = threading.Lock(), queue.Queue(4*batches.size)
+
+    def work(self):
+        "What each thread does: decode, and run the batches that fill up; then help with the rest."
+        try:
+            while clip := self.batches.next_clip():
+                self._decode(clip)
+                self.batches.clip_decoded()
+            while batch := self.batches.take(wait=True): self._forward(*batch)
+        except Exception as e: self._hand_over(e)
+
+    def _decode(self, clip):
+        row = _Row(clip.clip_id)
+        try:
+            if self.segments is not None: self._add(row, 'text', *self._tokens(self.segments.get(clip.clip_id, [])))
+            for images, times in self.read(clip):
+                if self.batches.stopped: return
+                self._add(row, 'image', images, times)
+            if self.audio:
+                vectors, times = self.audio(read_audio(clip.path, clip.start, clip.end))
+                row.audio = dict(audio=vectors, audio_times=times)
+        except InputError as e: row.error = str(e)
+        self._finish(row, 1)
+
+    def _tokens(self, segments):
+        "Text windows as tokens, and when they begin."
+        windows = text_windows(segments, self.encoder.tokenizer, self.encoder.context_length, self.overlap)
+        return self.encoder.tokenizer([w['text'] for w in windows]) if windows else [], [w['start'] for w in windows]
+
+    def _add(self, row, modality, inputs, times):
+        with self.lock: numbered = row.add(modality, inputs, times)
+        self.batches.add(modality, numbered)
+        while batch := self.batches.take(): self._forward(*batch)
+
+    def _forward(self, modality, batch):
         encode = encode_frames if modality == 'image' else encode_tokens
-        vectors = encode(self.encoder, _filled([x for _, _, x in items], self.batch_size)).numpy()
-        with self.changed:
-            for (clip_id, at, _), vector in zip(items, vectors): self.rows[clip_id]['vectors'][modality, at] = vector
-        for clip_id in dict.fromkeys(c for c, *_ in items): self._less(clip_id, sum(c == clip_id for c, *_ in items))
+        vectors = encode(self.encoder, _filled([x for _, _, x in batch], self.batches.size)).numpy()
+        for (row, at, _), vector in zip(batch, vectors): row.vectors[modality, at] = vector
+        for row, inputs in Counter(row for row, *_ in batch).items(): self._finish(row, inputs)
 
-    def _less(self, clip_id, n):
-        "Count what is done of a clip; hand it over when nothing is missing."
-        with self.changed:
-            self.rows[clip_id]['missing'] -= n
-            row = self.rows.pop(clip_id) if not self.rows[clip_id]['missing'] else None
-        if row: self._give(self._result(clip_id, row))
+    def _finish(self, row, inputs):
+        "Count what is done of a clip; hand its row over when nothing is missing."
+        with self.lock:
+            row.missing -= inputs
+            whole = not row.missing
+        if whole: self._hand_over(row.result(['image'] + ['text']*(self.segments is not None), self.encoder.dim))
 
-    def _result(self, clip_id, row):
-        if row['error']: return dict(clip_id=clip_id, error=row['error'])
-        stack = lambda m: np.array([row['vectors'][m, i] for i in range(len(row['times'][m]))], np.float32).reshape(-1, self.encoder.dim)
-        found = dict(clip_id=clip_id, error='', image=stack('image'), image_times=row['times']['image'])
-        if self.segments is not None: found.update(text=stack('text'), text_times=row['times']['text'])
-        return found | {k: row[k] for k in ('audio', 'audio_times') if k in row}
-
-    def _give(self, item):
-        while not self.stopped:
+    def _hand_over(self, item):
+        while not self.batches.stopped:
             try: return self.done.put(item, timeout=.5)
             except queue.Full: continue
 
-# %% ../nbs/20_embed.ipynb #4a05d657
+# %% ../nbs/20_embed.ipynb #21460c5a
 def embed_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]] | None, # transcript by clip_id: `start`, `end` (s), `text`; None: frames only
@@ -701,7 +762,9 @@ def embed_items(
     read=None, # function: clip → chunks of preprocessed frames and their times; None: decode the file
 ): # yields dict(clip_id, error, image (T, D), image_times, text (S, D), text_times, audio …) in the order in which clips are done
     "Embed clips on several threads."
-    job = _Embedding(clips, encoder, fps, batch_size, segments, overlap, audio, read)
+    read = read or (lambda clip: read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end))
+    batches = _Batches(clips, batch_size)
+    job = _Embedding(batches, encoder, segments, overlap, audio, read)
     with _one_core(encoder):
         threads = [threading.Thread(target=job.work, daemon=True) for _ in range(max(1, workers))]
         for thread in threads: thread.start()
@@ -711,11 +774,10 @@ def embed_items(
                 if isinstance(item, Exception): raise item
                 yield item
         finally:
-            job.stopped = True
-            with job.changed: job.changed.notify_all()
+            batches.stop()
             for thread in threads: thread.join()
 
-# %% ../nbs/20_embed.ipynb #5aade407
+# %% ../nbs/20_embed.ipynb #4c5277f3
 def embed_images(
     clips: pd.DataFrame, # clip_id, path, start, end
     encoder: Encoder,
@@ -734,35 +796,48 @@ def embed_transcripts(
     batch_size: int = 32, # windows a forward pass
 ) -> dict[str, dict]: # clip_id → text (S, D), text_times
     "Embed the text windows of transcripts, each once."
-    rows = {}
-    for t in transcripts.itertuples():
-        windows = text_windows(list(t.segments), encoder.tokenizer, encoder.context_length, overlap)
-        rows[t.clip_id] = dict(windows=windows, text_times=[w['start'] for w in windows])
-    tokens = [row for r in rows.values() if r['windows'] for row in encoder.tokenizer([w['text'] for w in r['windows']])]
-    vectors = [encode_tokens(encoder, _filled(tokens[i:i+batch_size], batch_size))[:len(tokens[i:i+batch_size])].numpy() for i in range(0, len(tokens), batch_size)]
-    parts = np.split(np.concatenate(vectors) if vectors else np.zeros((0, encoder.dim), np.float32), np.cumsum([len(r['windows']) for r in rows.values()])[:-1])
-    return {c: dict(text=part, text_times=r['text_times']) for (c, r), part in zip(rows.items(), parts)}
+    windows = {t.clip_id: text_windows(list(t.segments), encoder.tokenizer, encoder.context_length, overlap) for t in transcripts.itertuples()}
+    texts = [w['text'] for of_clip in windows.values() for w in of_clip]
+    tokens, vectors = list(encoder.tokenizer(texts)) if texts else [], np.zeros((len(texts), encoder.dim), np.float32)
+    for i in range(0, len(tokens), batch_size):
+        batch = tokens[i:i+batch_size]
+        vectors[i:i+batch_size] = encode_tokens(encoder, _filled(batch, batch_size))[:len(batch)]
+    ends = np.cumsum([len(of_clip) for of_clip in windows.values()])
+    return {clip_id: dict(text=vectors[end - len(of_clip):end], text_times=[w['start'] for w in of_clip])
+            for (clip_id, of_clip), end in zip(windows.items(), ends)}
 
-# %% ../nbs/20_embed.ipynb #228df826
+# %% ../nbs/20_embed.ipynb #563452c1
+def _ray_rows(clip_id, modality, first, times, inputs, error=''):
+    "Inputs as columns, a row each."
+    n = len(inputs)
+    return dict(clip_id=[clip_id]*n, modality=[modality]*n, at=list(range(first, first + n)), time=[float(t) for t in times],
+                data=inputs, error=[error]*n)
+
+
+def _ray_chunks(clip, encoder, fps, overlap):
+    "The inputs of a clip, a chunk at a time."
+    windows = text_windows(json.loads(clip.segments), encoder.tokenizer, encoder.context_length, overlap)
+    tokens = encoder.tokenizer([w['text'] for w in windows]) if windows else []
+    yield _ray_rows(clip.clip_id, 'text', 0, [w['start'] for w in windows], [t.numpy().tobytes() for t in tokens])
+    seen = 0
+    for images, times in read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end):
+        yield _ray_rows(clip.clip_id, 'image', seen, times, [x.numpy().tobytes() for x in images])
+        seen += len(images)
+
+
 def _ray_inputs(batch, encoder, fps, overlap, audio):
-    "The task on a CPU: a row an input, and a last one that tells how many there are."
-    rows = []
+    "The task on a CPU: a row an input, a chunk at a time, and after a clip a row that says how many it had."
     for clip in pd.DataFrame(batch).itertuples():
-        first, error, sound = len(rows), '', b''
-        row = lambda modality, at, time, x: rows.append(dict(clip_id=clip.clip_id, modality=modality, at=at, time=float(time), data=x.numpy().tobytes(), error=''))
+        count, error, sound = 0, '', b''
         try:
-            windows = text_windows(json.loads(clip.segments), encoder.tokenizer, encoder.context_length, overlap)
-            for i, tokens in enumerate(encoder.tokenizer([w['text'] for w in windows]) if windows else []): row('text', i, windows[i]['start'], tokens)
-            seen = 0
-            for images, times in read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end):
-                for i, x in enumerate(images): row('image', seen + i, times[i], x)
-                seen += len(images)
+            for rows in _ray_chunks(clip, encoder, fps, overlap):
+                count += len(rows['at'])
+                if rows['at']: yield rows
             if audio: sound = read_audio(clip.path, clip.start, clip.end).tobytes()
-        except InputError as e: error, rows[first:] = str(e), []
-        rows.append(dict(clip_id=clip.clip_id, modality='', at=len(rows) - first, time=0., data=sound, error=error))
-    return {k: [r[k] for r in rows] for k in ('clip_id', 'modality', 'at', 'time', 'data', 'error')}
+        except InputError as e: error = str(e)
+        yield _ray_rows(clip.clip_id, '', count, [0.], [sound], error)
 
-# %% ../nbs/20_embed.ipynb #96a3a6d0
+# %% ../nbs/20_embed.ipynb #d3ca7d9e
 class _RayEncoder:
     "The actor: holds the model and embeds batches."
 
@@ -773,18 +848,26 @@ class _RayEncoder:
 
     def __call__(self, batch):
         rows = pd.DataFrame({k: list(v) for k, v in batch.items()})
-        vectors, size = [b'']*len(rows), self.encoder.preprocess['size']
-        read = dict(image=lambda b: torch.frombuffer(bytearray(b), dtype=torch.uint8).view(3, size, size), text=lambda b: torch.frombuffer(bytearray(b), dtype=torch.int64))
+        results = [b'']*len(rows)
         for modality, encode in (('image', encode_frames), ('text', encode_tokens)):
             at = np.flatnonzero(rows.modality == modality)
             if not len(at): continue
-            found = encode(self.encoder, _filled([read[modality](rows.data[i]) for i in at], self.size)).numpy()
-            for i, vector in zip(at, found): vectors[i] = vector.tobytes()
+            vectors = encode(self.encoder, _filled([self._tensor(modality, rows.data[i]) for i in at], self.size)).numpy()
+            for i, vector in zip(at, vectors): results[i] = vector.tobytes()
         for i in np.flatnonzero((rows.modality == '') & (rows.error == '')):
-            if self.audio: vectors[i] = json.dumps([x if isinstance(x, list) else x.tolist() for x in self.audio(np.frombuffer(rows.data[i], np.float32))]).encode()
-        return {**{k: rows[k].tolist() for k in ('clip_id', 'modality', 'at', 'time', 'error')}, 'vector': vectors}
+            if self.audio: results[i] = self._sound(rows.data[i])
+        return {**{k: rows[k].tolist() for k in ('clip_id', 'modality', 'at', 'time', 'error')}, 'vector': results}
 
-# %% ../nbs/20_embed.ipynb #5cc04256
+    def _tensor(self, modality, data):
+        if modality == 'text': return torch.frombuffer(bytearray(data), dtype=torch.int64)
+        size = self.encoder.preprocess['size']
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(3, size, size)
+
+    def _sound(self, data):
+        vectors, times = self.audio(np.frombuffer(data, np.float32))
+        return json.dumps([vectors.tolist(), times]).encode()
+
+# %% ../nbs/20_embed.ipynb #d9ea02c5
 def ray_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]], # transcript by clip_id
@@ -796,13 +879,19 @@ def ray_items(
     audio: str = '', # one of AUDIO
 ): # yields the rows of `embed_items`
     "Embed clips with Ray Data."
+    from hatemm_clip.embed import _ray_inputs, _RayEncoder, Encoder  # of the package: other processes know no cell of a notebook
     if not len(clips): return
     data = start_ray()
-    table = clips[['clip_id', 'path', 'start', 'end']].assign(path=[str(Path(p).resolve()) for p in clips.path], segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
-    light = replace(encoder, model=None)  # what tasks need of it
-    inputs = data.from_pandas(table).repartition(max(workers, len(table)//8)).map_batches(_ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas')
-    done = inputs.map_batches(_RayEncoder, fn_constructor_args=(encoder.name, encoder.pretrained, encoder.device, encoder.precision, batch_size, audio), batch_size=batch_size, batch_format='pandas',
-                              compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if encoder.device.startswith('cuda') else 0)
+    table = clips[['clip_id', 'path', 'start', 'end']].assign(
+        path=[str(Path(p).resolve()) for p in clips.path],
+        segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
+    light = Encoder(**dict(vars(encoder), model=None))  # what tasks need of it
+    inputs = data.from_pandas(table).repartition(max(workers, len(table)//8)).map_batches(
+        _ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas')
+    actor_options = (encoder.name, encoder.pretrained, encoder.device, encoder.precision, batch_size, audio)
+    done = inputs.map_batches(
+        _RayEncoder, fn_constructor_args=actor_options, batch_size=batch_size, batch_format='pandas',
+        compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if encoder.device.startswith('cuda') else 0)
     yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dim, bool(audio))
 
 
@@ -818,19 +907,45 @@ def _gathered(batches, dim, audio):
                 yield _joined(parts.pop(r.clip_id, {}), ends.pop(r.clip_id), dim, audio)
 
 
-def _joined(found, end, dim, audio):
+def _joined(parts, end, dim, audio):
+    "The row of a clip, all of whose inputs are back."
     if end.error: return dict(clip_id=end.clip_id, error=end.error)
     row = dict(clip_id=end.clip_id, error='')
     for m in ('image', 'text'):
-        pairs = [found[key] for key in sorted(found) if key[0] == m]
+        pairs = [parts[key] for key in sorted(parts) if key[0] == m]
         row |= {m: np.array([v for _, v in pairs], np.float32).reshape(-1, dim), f'{m}_times': [t for t, _ in pairs]}
-    return row | dict(zip(('audio', 'audio_times'), json.loads(end.vector))) if audio else row
+    if audio: row |= dict(zip(('audio', 'audio_times'), json.loads(end.vector)))
+    return row
 
-# %% ../nbs/20_embed.ipynb #d54afdee
+# %% ../nbs/20_embed.ipynb #24efe3d4
 def _asr_of(transcripts):
-    "Backend and model that wrote the transcripts."
-    named = transcripts[transcripts.model.astype(bool)]
-    return dict(backend=named.backend.iloc[0], model=named.model.iloc[0]) if len(named) else {}
+    "What `asr.asr_of` needs to load the recogniser that wrote some transcripts."
+    named, params = transcripts[transcripts.model.astype(bool)], transcripts.attrs.get('params', {})
+    if not len(named): return {}
+    recorded = {k: params[k] for k in ('source', 'weights_sha256', 'beam_size', 'language', 'vad_threshold') if k in params}
+    return dict(backend=named.backend.iloc[0], model=named.model.iloc[0], **recorded)
+
+
+def _input_hash(clip, segments):
+    "Hash of what a row is made from."
+    said = None if segments is None else [[float(s['start']), float(s['end']), s['text']] for s in segments]
+    inputs = [getattr(clip, 'sha256', ''), float(clip.start), float(clip.end), said]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
+def _outdated(store, clips, hashes):
+    "Clips that a store lacks, that failed, or whose file or transcript has changed."
+    if 'inputs' not in store.table.schema.names: store.table.add_columns({'inputs': "''"})  # a store of old: each row is made anew
+    good = {c: inputs for c, inputs, error in zip(*map(store.column, ('clip_id', 'inputs', 'error'))) if not error}
+    return clips[[good.get(c) != hashes[c] for c in clips.clip_id]]
+
+
+def _without_transcript(clips, transcripts, max_failed):
+    "Number of clips that have no transcript; stop where they are too many, unless there is no transcript at all."
+    missing = ~clips.clip_id.isin(transcripts.clip_id)
+    why = missing.map({True: 'no transcript; run 10_asr again, or raise max_failed', False: ''})
+    if len(transcripts): check_failures(why, '20_embed', max_failed)
+    return int(missing.sum())
 
 
 def embed_clips(
@@ -842,36 +957,46 @@ def embed_clips(
     overlap: int = 0, # tokens that text windows share
     batch_size: int = 32, # frames or windows a forward pass
     workers: int = 2, # threads that decode and embed, or actors of Ray
-    max_failed: float = .01, # share of clips that may fail
+    max_failed: float = .01, # share of clips that may fail, and of clips that may lack a transcript
     commit_every: int = 32, # clips a commit: what a kill can cost at most
     precision: str = 'auto', # one of PRECISIONS; `auto`: that of the store if there is one, else the faster
     audio: str = '', # one of AUDIO: the third modality
     engine: str = 'local', # one of ENGINES
 ) -> FeatureStore:
-    "Run the stage: embed all clips that the store does not hold yet."
+    "Run the stage: embed all clips that the store does not hold yet, or holds otherwise."
     if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
-    began = time.perf_counter()
+    began, silent = time.perf_counter(), _without_transcript(clips, transcripts, max_failed)
     with store_lock(store_path):
-        encoder = with_precision(encoder, _precision_of(store_path) or precision if precision == 'auto' else precision)
-        sound, width, heard = load_audio(audio)
-        made = dict(encoder.provenance(), **heard, fps=fps, overlap=overlap, asr=_asr_of(transcripts), clips=table_hash(clips[['clip_id', 'start', 'end']]), transcripts=table_hash(transcripts[['clip_id', 'text']]))
-        store = open_store(store_path, dict(image=encoder.dim, text=encoder.dim) | (dict(audio=width) if audio else {}), made)
-        there = dict(zip(store.column('clip_id'), store.column('error')))
-        todo = clips[~clips.clip_id.isin([c for c, error in there.items() if not error])]
-        write = store.upsert if any(there.values()) else store.add  # what failed before is tried again
-        segments = {t.clip_id: list(t.segments) for t in transcripts[transcripts.clip_id.isin(todo.clip_id)].itertuples()}
-        waiting = []
-        items = embed_items(todo, segments, encoder, fps, overlap, batch_size, workers, sound) if engine == 'local' else ray_items(todo, segments, encoder, fps, overlap, batch_size, workers, audio)
-        for result in progress(items, total=len(todo), desc='embed', unit='clip'):
-            waiting.append(result)
-            if len(waiting) == commit_every: write(_rows(waiting, store.table.schema)); waiting = []
-        if waiting: write(_rows(waiting, store.table.schema))
-        if len(todo): store.compact()
-    failed = check_failures(pd.Series(store.column('error'), dtype=object), f'20_embed into {store_path}', max_failed)
-    print(f'{len(store)} clips in the store, {len(todo)} new, {failed} failed, {len(todo)/(time.perf_counter() - began):.1f} clips/s')
+        encoder = with_precision(encoder, (_precision_of(store_path) or 'auto') if precision == 'auto' else precision)
+        embed_audio, width, audio_made = load_audio(audio)
+        dims = dict(image=encoder.dim, text=encoder.dim) | (dict(audio=width) if audio else {})
+        store = open_store(store_path, dims, dict(encoder.provenance(), **audio_made, fps=fps, overlap=overlap, asr=_asr_of(transcripts)))
+        segments = {t.clip_id: list(t.segments) for t in transcripts.itertuples()}
+        hashes = {clip.clip_id: _input_hash(clip, segments.get(clip.clip_id)) for clip in clips.itertuples()}
+        todo = _outdated(store, clips, hashes)
+        items = (embed_items(todo, segments, encoder, fps, overlap, batch_size, workers, embed_audio) if engine == 'local'
+                 else ray_items(todo, segments, encoder, fps, overlap, batch_size, workers, audio))
+        _commit(store, progress(items, total=len(todo), desc='embed', unit='clip'), hashes, commit_every, set(todo.clip_id))
+    errors = dict(zip(store.column('clip_id'), store.column('error')))
+    failed = check_failures(clips.clip_id.map(errors).astype(object), f'20_embed into {store_path}', max_failed)
+    rate = len(todo)/(time.perf_counter() - began)
+    print(f'{len(store)} clips in the store, {len(todo)} new, {failed} failed, {silent} without a transcript, {rate:.1f} clips/s')
     return store
 
-# %% ../nbs/20_embed.ipynb #969d976a
+
+def _commit(store, results, hashes, commit_every, todo):
+    "Write results as they come, some at a time; compact the store at the end."
+    write = store.add if todo.isdisjoint(store.clip_ids()) else store.upsert
+    waiting = []
+    for result in results:
+        waiting.append(dict(result, inputs=hashes[result['clip_id']]))
+        if len(waiting) == commit_every:
+            write(_rows(waiting, store.table.schema))
+            waiting = []
+    if waiting: write(_rows(waiting, store.table.schema))
+    if todo: store.compact()
+
+# %% ../nbs/20_embed.ipynb #f625dc2d
 @dataclass
 class Features:
     "Features of N clips, ready for a model."
@@ -890,8 +1015,9 @@ class Features:
     def __getitem__(self, rows) -> 'Features':
         "The same features for some rows: an index array or a boolean mask."
         pick = lambda d: {k: v[rows] for k, v in d.items()}
-        return replace(self, ids=self.ids[rows], labels=self.labels[rows], arrays=pick(self.arrays), masks=pick(self.masks), groups=self.groups[rows],
-                       split=None if self.split is None else self.split[:, rows], times=pick(self.times))
+        split = None if self.split is None else self.split[:, rows]
+        return replace(self, ids=self.ids[rows], labels=self.labels[rows], arrays=pick(self.arrays), masks=pick(self.masks),
+                       groups=self.groups[rows], split=split, times=pick(self.times))
 
     def only(self, modalities: list[str]) -> 'Features':
         "The same rows with some of the modalities."
@@ -900,7 +1026,7 @@ class Features:
         keep = lambda d: {k: v for k, v in d.items() if k in modalities}
         return replace(self, arrays=keep(self.arrays), masks=keep(self.masks), times=keep(self.times))
 
-# %% ../nbs/20_embed.ipynb #ebe53cfd
+# %% ../nbs/20_embed.ipynb #683da9e4
 def _pad(column, dim):
     "An Arrow column of ragged (T, D) as a padded array and its mask."
     column = column.combine_chunks()
@@ -913,92 +1039,155 @@ def _pad(column, dim):
     return padded, mask
 
 
-def _read_store(path):
-    store, run = open_store(path), Path(path).parent
-    clips = read_table(run/'clips.parquet').set_index('clip_id')
-    table = store.read()
+def _good_rows(store):
+    "Rows of a store that did not fail, of clips that the run still has; and those clips."
+    clips, table = read_table(store.path.parent/'clips.parquet').set_index('clip_id'), store.read()
     known = set(clips.index)
-    table = table.filter(pa.array([i in known and not e for i, e in zip(table['clip_id'].to_pylist(), table['error'].to_pylist())], pa.bool_()))
-    ids = np.array(table['clip_id'].to_pylist(), str)
+    good = [c in known and not error for c, error in zip(table['clip_id'].to_pylist(), table['error'].to_pylist())]
+    table = table.filter(pa.array(good, pa.bool_()))
+    return table, clips.loc[table['clip_id'].to_pylist()]
+
+
+def _folds_of(clips, splits, checkpoint, all_folds):
+    "Parts by fold, (K, N). A fine-tuned encoder has seen the test clips of other folds than its own."
+    folds = sorted(splits.fold.unique())
+    if checkpoint and not all_folds:
+        if checkpoint.get('protocol') != 'fold': return None
+        folds = [fold for fold in folds if fold == checkpoint['fold']]
+        if not folds: raise InputError(f"fold {checkpoint['fold']}, for which the encoder was fine-tuned, is not in the splits; run 30_finetune again")
+    return np.stack([part_of_clips(clips.reset_index(), splits, fold) for fold in folds])
+
+
+def _read_store(path, all_folds):
+    store = open_store(path)
+    table, clips = _good_rows(store)
     arrays, masks, times = {}, {}, {}
     for name in store.modalities:
         arrays[name], masks[name] = _pad(table[name], table.schema.field(name).type.value_type.list_size)
         times[name] = np.zeros(masks[name].shape, np.float32)
-        times[name][masks[name]] = np.concatenate([np.asarray(t, np.float32) for t in table[f'{name}_times'].to_pylist()] or [np.zeros(0)])
-    info = clips.loc[ids]
-    splits = read_table(run/'splits.parquet') if (run/'splits.parquet').exists() else None
-    split = None if splits is None else np.stack([part_of_clips(info.reset_index(), splits, k) for k in sorted(splits.fold.unique())])
-    names = info.groupby('label').label_name.first().to_dict()
-    return Features(ids, info.label.values.astype(int), arrays, masks, info.video_id.values.astype(str), split, [names.get(i, str(i)) for i in range(max(names) + 1)], times,
-                    dict(store.provenance, dataset=info.dataset.iloc[0] if len(info) else '', splits=table_hash(splits) if splits is not None else ''))
+        times[name][masks[name]] = table[f'{name}_times'].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    splits_file, made = store.path.parent/'splits.parquet', store.provenance
+    splits = read_table(splits_file) if splits_file.exists() else None
+    split = None if splits is None else _folds_of(clips, splits, made.get('checkpoint'), all_folds)
+    made.update(dataset=clips.dataset.iloc[0] if len(clips) else '', splits='' if splits is None else table_hash(splits))
+    ids, labels, videos = np.array(clips.index, str), clips.label.to_numpy(int), np.array(clips.video_id, str)
+    return Features(ids, labels, arrays, masks, videos, split, _label_names(clips), times, made)
 
-# %% ../nbs/20_embed.ipynb #65d6b29a
-def _read_npz(path):
+
+def _label_names(clips):
+    names = clips.groupby('label').label_name.first().to_dict()
+    return [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
+
+# %% ../nbs/20_embed.ipynb #06f6f9e5
+def _load_npz(path):
+    "The arrays of a .npz file, with ids and labels among them."
     try: file = dict(np.load(path, allow_pickle=False))
-    except Exception as e: raise InputError(f"{path}: not a readable .npz of plain arrays ({str(e).splitlines()[0][:100]})") from e
+    except Exception as e: raise InputError(f'{path}: not a readable .npz of plain arrays ({_first_line(e, 100)})') from e
     missing = [k for k in ('ids', 'labels') if k not in file]
     if missing: raise InputError(f"{path}: lacks the array {missing[0]!r}; it has {', '.join(file)}")
-    ids, labels = file['ids'].astype(str), file['labels']
-    if labels.dtype.kind not in 'iub': raise InputError(f"{path}: labels are {labels.dtype}; expected integers from 0")
-    arrays, masks = {}, {}
+    if file['labels'].dtype.kind not in 'iub': raise InputError(f"{path}: labels are {file['labels'].dtype}; expected integers from 0")
+    n = len(file['ids'])
+    if 'split' in file and file['split'].shape[1:] != (n,):
+        raise InputError(f"{path}: split has the shape {file['split'].shape}; expected (K, {n})")
+    return file
+
+
+def _read_npz(path):
+    file = _load_npz(path)
+    ids, labels, arrays, masks, times = file['ids'].astype(str), file['labels'].astype(int), {}, {}, {}
     for name, value in file.items():
         if name in ('ids', 'labels', 'split', 'groups') or name.endswith(('_mask', '_times')): continue
-        if value.ndim not in (2, 3) or len(value) != len(ids): raise InputError(f"{path}: {name} has the shape {value.shape}; expected ({len(ids)}, D) or ({len(ids)}, T, D)")
+        if value.ndim not in (2, 3) or len(value) != len(ids):
+            raise InputError(f'{path}: {name} has the shape {value.shape}; expected ({len(ids)}, D) or ({len(ids)}, T, D)')
         arrays[name] = (value[:, None] if value.ndim == 2 else value).astype(np.float32)
-        masks[name] = file.get(f'{name}_mask', arrays[name].any(-1)).astype(bool).reshape(arrays[name].shape[:2])
+        shape = arrays[name].shape[:2]
+        masks[name] = file.get(f'{name}_mask', arrays[name].any(-1)).astype(bool).reshape(shape)
+        if f'{name}_times' in file: times[name] = file[f'{name}_times'].astype(np.float32).reshape(shape)
     split = file['split'].astype(str) if 'split' in file else None
-    if split is not None and split.shape[1:] != ids.shape: raise InputError(f"{path}: split has the shape {split.shape}; expected (K, {len(ids)})")
-    return Features(ids, labels.astype(int), arrays, masks, file.get('groups', ids).astype(str), split, [str(i) for i in range(int(labels.max()) + 1)], {n: file[f'{n}_times'].astype(np.float32).reshape(masks[n].shape) for n in arrays if f'{n}_times' in file},
-                    dict(file=Path(path).name))
+    names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    return Features(ids, labels, arrays, masks, file.get('groups', ids).astype(str), split, names, times, dict(file=Path(path).name))
+
+
+def _features_path(path):
+    "The store or file that a path means."
+    path = Path(path)
+    if not path.exists(): raise InputError(f'{path}: no such features; expected a run, a .lance store or a .npz file')
+    return path if path.suffix in ('.npz', '.lance') else path/'features.lance'
 
 
 def read_features(
     path: str | Path, # a feature store, the run that holds one, or a .npz of your own
-) -> Features:
+    all_folds: bool = False, # of a fine-tuned encoder: also folds whose test clips it was trained on
+) -> Features: # of an encoder fine-tuned for a fold, `split` has that fold alone; of one for no fold, it is None
     "Read features with labels and folds."
-    path = Path(path)
-    if not path.exists(): raise InputError(f"{path}: no such features; expected a run, a .lance store or a .npz file")
-    if path.suffix == '.npz': return _read_npz(path)
-    return _read_store(path if path.suffix == '.lance' else path/'features.lance')
+    path = _features_path(path)
+    return _read_npz(path) if path.suffix == '.npz' else _read_store(path, all_folds)
 
-# %% ../nbs/20_embed.ipynb #6a657658
+# %% ../nbs/20_embed.ipynb #69241d01
+def _modality_info(lengths, vectors):
+    "Numbers about one modality from the vectors of each clip, (N,), and some vectors, (·, D)."
+    dim, longest = int(vectors.shape[-1]), int(lengths.max(initial=0))
+    unit = bool(len(vectors) and np.allclose(np.linalg.norm(vectors.astype(np.float32), axis=-1), 1, atol=.01))
+    return dict(dim=dim, present=int((lengths > 0).sum()), vectors=int(lengths.sum()), longest=longest, unit=unit,
+                padded_bytes=4*dim*max(longest, 1)*len(lengths))
+
+
+def _store_info(path):
+    "What a store holds, counted from the offsets of its lists: nothing is padded."
+    store = open_store(path)
+    table, clips = _good_rows(store)
+    splits, checkpoint, modalities = store.path.parent/'splits.parquet', store.provenance.get('checkpoint'), {}
+    for name in store.modalities:
+        column, dim = table[name].combine_chunks(), table.schema.field(name).type.value_type.list_size
+        some = column.flatten()[:10_000].flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+        modalities[name] = _modality_info(np.diff(column.offsets.to_numpy()), some)
+    split = _folds_of(clips, read_table(splits), checkpoint, False) if splits.exists() else None
+    labels = {name: int((clips.label == i).sum()) for i, name in enumerate(_label_names(clips))}
+    return dict(clips=len(clips), failed=sum(map(bool, store.column('error'))), labels=labels, videos=int(clips.video_id.nunique()),
+                folds=0 if split is None else len(split), modalities=modalities,
+                provenance=dict(store.provenance, dataset=clips.dataset.iloc[0] if len(clips) else ''))
+
+
+def _npz_info(path):
+    features = read_features(path)
+    modalities = {name: _modality_info(mask.sum(1), features.arrays[name][mask]) for name, mask in features.masks.items()}
+    labels = {name: int((features.labels == i).sum()) for i, name in enumerate(features.label_names)}
+    return dict(clips=len(features), failed=0, labels=labels, videos=len(set(features.groups)),
+                folds=0 if features.split is None else len(features.split), modalities=modalities, provenance=features.provenance)
+
+
 def features_info(
     path: str | Path, # a run, a .lance store or a .npz file
-) -> dict: # clips, failed, labels, folds, bytes, modalities, provenance
-    "Tell what a file of features holds."
-    path, features = Path(path), read_features(path)
-    folder = path if path.suffix in ('.lance', '.npz') else path/'features.lance'
-    store = open_store(folder) if folder.suffix == '.lance' else None
-    modalities = {name: dict(dim=int(array.shape[-1]), present=int(features.masks[name].any(1).sum()), vectors=int(features.masks[name].sum()), longest=int(features.masks[name].sum(1).max(initial=0)),
-                             unit=_are_unit(array[features.masks[name]])) for name, array in features.arrays.items()}
-    return dict(path=str(path), clips=len(features), failed=sum(map(bool, store.column('error'))) if store else 0,
-                labels={name: int((features.labels == i).sum()) for i, name in enumerate(features.label_names)}, videos=len(set(features.groups)),
-                folds=0 if features.split is None else len(features.split), bytes=sum(f.stat().st_size for f in ([folder] if folder.is_file() else folder.rglob('*')) if f.is_file()),
-                modalities=modalities, provenance=features.provenance)
+) -> dict: # path, clips, failed, labels, videos, folds, bytes, modalities, provenance
+    "Count what a file of features holds."
+    file = _features_path(path)
+    parts = [file] if file.is_file() else [f for f in file.rglob('*') if f.is_file()]
+    info = _npz_info(file) if file.suffix == '.npz' else _store_info(file)
+    return dict(path=str(path), bytes=sum(f.stat().st_size for f in parts), **info)
 
-
-def _are_unit(vectors): return bool(len(vectors) and np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=.01))
-
-# %% ../nbs/20_embed.ipynb #24d9bcfd
+# %% ../nbs/20_embed.ipynb #c37d8795
 def format_info(
     info: dict, # from `features_info`
 ) -> str: # a few lines
     "Lay out what `features_info` found."
     labels = ', '.join(f'{n} {name}' for name, n in info['labels'].items())
-    lines = [f"{info['path']}: {info['clips']} clips of {info['videos']} videos ({labels}), {info['failed']} failed, {info['folds'] or 'no'} folds, {info['bytes']/1e6:.1f} MB"]
+    lines = [f"{info['path']}: {info['clips']} clips of {info['videos']} videos ({labels}), {info['failed']} failed, "
+             f"{info['folds'] or 'no'} folds, {info['bytes']/1e6:.1f} MB"]
     for name, m in info['modalities'].items():
-        lines.append(f"  {name:<10} {m['dim']:>5} features{', unit length' if m['unit'] else ''}; in {m['present']} clips, {m['vectors']} vectors, up to {m['longest']} a clip")
+        lines.append(f"  {name:<10} {m['dim']:>5} features{', unit length' if m['unit'] else ''}; in {m['present']} clips, "
+                     f"{m['vectors']} vectors, up to {m['longest']} a clip, {m['padded_bytes']/1e6:.1f} MB as a padded array")
     return '\n'.join(lines + [f'  {k}: {json.dumps(v, default=str)[:160]}' for k, v in info['provenance'].items()])
 
-# %% ../nbs/20_embed.ipynb #78b5cf7c
+# %% ../nbs/20_embed.ipynb #ba76416c
 def export_features(
     path: str | Path, # a run, a .lance store or a .npz file
     out: str | Path, # NAME.npz or NAME.safetensors
 ) -> Path: # `out`
     "Write features, masks, labels and folds as one file of plain arrays."
-    out, features = Path(out), read_features(path)
-    if out.suffix not in ('.npz', '.safetensors'): raise InputError(f"{out}: expected a name that ends in .npz or .safetensors")
-    if not out.parent.is_dir(): raise InputError(f"{out.parent}: no such folder")
+    out = Path(out)
+    if out.suffix not in ('.npz', '.safetensors'): raise InputError(f'{out}: expected a name that ends in .npz or .safetensors')
+    if not out.parent.is_dir(): raise InputError(f'{out.parent}: no such folder')
+    features = read_features(path)
     numbers = dict(labels=features.labels)
     for name, array in features.arrays.items():
         numbers.update({name: array, f'{name}_mask': features.masks[name]})
@@ -1014,25 +1203,29 @@ def export_features(
 def _write_arrays(path, numbers, words, provenance):
     "Words are arrays of str in .npz, and JSON in the metadata of .safetensors, which holds numbers only."
     from safetensors.numpy import save_file
-    if path.suffix == '.npz': np.savez(path, **numbers, **words)
-    else: save_file({k: np.ascontiguousarray(v) for k, v in numbers.items()}, path, {k: json.dumps(v) for k, v in dict({k: v.tolist() for k, v in words.items()}, provenance=provenance).items()})
+    if path.suffix == '.npz': return np.savez(path, **numbers, **words)
+    metadata = {name: json.dumps(array.tolist()) for name, array in words.items()}
+    save_file({k: np.ascontiguousarray(v) for k, v in numbers.items()}, path, dict(metadata, provenance=json.dumps(provenance)))
 
-# %% ../nbs/20_embed.ipynb #e8e2cb99
+# %% ../nbs/20_embed.ipynb #1bb5ff2d
 ENSEMBLES = {
     'one prompt': dict(benign=['a video'], hateful=['a hateful video']),
-    'descriptions': dict(benign=['people talking with each other', 'a friendly video', 'a news report', 'a music video', 'a scene from everyday life'],
-                         hateful=['people insulting a group of people', 'a hateful propaganda video', 'a video that threatens people', 'a symbol of a hate group', 'a video that mocks people for who they are']),
+    'descriptions': dict(
+        benign=['people talking with each other', 'a friendly video', 'a news report', 'a music video', 'a scene from everyday life'],
+        hateful=['people insulting a group of people', 'a hateful propaganda video', 'a video that threatens people',
+                 'a symbol of a hate group', 'a video that mocks people for who they are']),
     'templates': {name: [t.format(w) for t in ('a {} video', 'a frame of a {} video', 'a {} speech', 'a screenshot of a {} post') for w in words]
                   for name, words in dict(benign=['harmless', 'friendly'], hateful=['hateful', 'racist', 'offensive']).items()}}
 
 
 def zero_shot(
     features: 'Features',
-    encoder: Encoder, # that made them
+    encoder: Encoder | None, # that made them; None: loaded as the features say
     prompts: dict[str, list[str]], # class → prompts
     modality: str = 'image',
 ) -> np.ndarray: # class probabilities, shape (N, C); NaN where the modality is absent
     "Classify clips by their likeness to prompts."
+    encoder = encoder or encoder_of(features.provenance)
     classes = encode_prompts(encoder.model, encoder.tokenizer, prompts)
     scores = encoder.model.logit_scale.exp().item()*torch.from_numpy(pool_features(features, modality)) @ classes.float().T
     return scores.softmax(1).numpy()
@@ -1045,9 +1238,10 @@ def pool_features(
     "A clip's mean vector."
     vectors, mask = features.only([modality]).arrays[modality], features.masks[modality]
     total = (vectors*mask[..., None]).sum(1)
-    with np.errstate(invalid='ignore', divide='ignore'): return total/np.where(mask.any(1), np.linalg.norm(total, axis=1), 0)[:, None]
+    length = np.where(mask.any(1), np.linalg.norm(total, axis=1), 0)
+    with np.errstate(invalid='ignore', divide='ignore'): return total/length[:, None]
 
-# %% ../nbs/20_embed.ipynb #28484901
+# %% ../nbs/20_embed.ipynb #7ddad272
 def nearest_clips(
     features: 'Features',
     modality: str = 'image',
@@ -1060,9 +1254,23 @@ def nearest_clips(
     rows, cosines = np.full((len(features), k), -1), np.full((len(features), k), np.nan)
     most = min(k, len(have) - 1)
     if most < 1: return rows, cosines
-    distances, found = NearestNeighbors(n_neighbors=most, metric='cosine').fit(vectors[have]).kneighbors()  # a row is not its own neighbour
-    rows[have, :most], cosines[have, :most] = have[found], 1 - distances
+    distances, nearest = NearestNeighbors(n_neighbors=most, metric='cosine').fit(vectors[have]).kneighbors()  # a row is not its own neighbour
+    rows[have, :most], cosines[have, :most] = have[nearest], 1 - distances
     return rows, cosines
+
+
+def pair_cosines(
+    features: 'Features',
+    modality: str = 'image',
+    most: int = 2000, # clips; of more, every n-th is taken
+) -> tuple[np.ndarray, np.ndarray]: # cosine of each pair of clips, (P,); whether they share the label, bool (P,)
+    "Compare every clip with every other one."
+    vectors = pool_features(features, modality)
+    have = np.flatnonzero(np.isfinite(vectors).all(1))
+    have = have[::max(1, -(-len(have)//most))]
+    first, second = np.triu_indices(len(have), 1)
+    labels = features.labels[have]
+    return (vectors[have] @ vectors[have].T)[first, second], labels[first] == labels[second]
 
 
 def plot_similarity(
@@ -1070,18 +1278,20 @@ def plot_similarity(
     modality: str = 'image',
     ax=None,
 ):
-    "Draw how alike clips are to each other, benign ones first; returns the axes."
+    "Draw how alike clips of one label are, and clips of two; returns the axes."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(4.5, 4))[1]
-    order = np.argsort(features.labels, kind='stable')
-    vectors = pool_features(features, modality)[order]
-    drawn = ax.imshow(vectors @ vectors.T, cmap='viridis')
-    ax.figure.colorbar(drawn, ax=ax, label='cosine', shrink=.8)
-    for edge in np.cumsum(np.bincount(features.labels))[:-1] - .5: ax.axhline(edge, color='w', lw=1); ax.axvline(edge, color='w', lw=1)
-    ax.set(title=modality, xlabel='clips: ' + ', then '.join(features.label_names), xticks=[], yticks=[])
+    from sklearn.metrics import roc_auc_score
+    ax = ax or plt.subplots(figsize=(4.5, 3))[1]
+    cosines, same = pair_cosines(features, modality)
+    bins = np.linspace(cosines.min(), cosines.max(), 60)
+    for name, chosen in (('same label', same), ('two labels', ~same)): ax.hist(cosines[chosen], bins, density=True, histtype='step', label=name)
+    title = f'{modality}, AUROC {roc_auc_score(same, cosines):.2f}' if same.any() and not same.all() else modality
+    ax.set(title=title, xlabel='cosine of two clips', ylabel='density')
+    ax.spines[['right', 'top']].set_visible(False)
+    ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/20_embed.ipynb #9d01ab93
+# %% ../nbs/20_embed.ipynb #28a56522
 def _bench_frames(seconds, seed, size=(720, 1280), rate=25):
     "A slow pan over a rough texture, with grain and a moving box: about as hard to decode as a talking head outdoors."
     rng, (height, width) = np.random.default_rng(seed), size
@@ -1100,42 +1310,45 @@ def _bench_frames(seconds, seed, size=(720, 1280), rate=25):
 def _bench_clips(folder, videos, copies, seconds):
     "A table of clips and their transcripts, 2.5 words a second; each video stands in it `copies` times."
     import av
-    rows, said = [], 'the king built a bridge here long ago and the choir meets in the village every day before the bread is sold '.split()
+    words = 'the king built a bridge here long ago and the choir meets in the village every day before the bread is sold '.split()
+    text = ' '.join(words[i % len(words)] for i in range(int(2.5*seconds)))
     for v in range(videos):
         with av.open(str(folder/f'{v}.mp4'), 'w') as out:
             stream = out.add_stream('libx264', rate=25, options=dict(preset='veryfast', crf='23'))
             stream.width, stream.height, stream.pix_fmt = 1280, 720, 'yuv420p'
             for frame in _bench_frames(seconds, v): out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
             out.mux(stream.encode(None))
-        text = ' '.join(said[i % len(said)] for i in range(int(2.5*seconds)))
-        rows += [dict(clip_id=f'{v}-{c}', path=str(folder/f'{v}.mp4'), start=0., end=float(seconds), text=text, segments=[dict(start=0., end=float(seconds), text=text)], backend='', model='') for c in range(copies)]
-    return pd.DataFrame(rows)
+    row = dict(start=0., end=float(seconds), text=text, segments=[dict(start=0., end=float(seconds), text=text)], backend='', model='')
+    return pd.DataFrame([dict(row, clip_id=f'{v}-{c}', path=str(folder/f'{v}.mp4')) for v in range(videos) for c in range(copies)])
 
-# %% ../nbs/20_embed.ipynb #00ed5faf
+# %% ../nbs/20_embed.ipynb #a0f670cf
 def _frame_by_frame(clips, encoder, folder, decoded=None):
     "The course project's way; `decoded` has the frames of each file, or they are decoded."
     from open_clip import image_transform
     from PIL import Image
     p = encoder.preprocess
-    transform = image_transform(p['size'], is_train=False, mean=p['mean'], std=p['std'], resize_mode=p['resize_mode'], interpolation=p['interpolation'])
+    transform = image_transform(p['size'], is_train=False, mean=p['mean'], std=p['std'],
+                                resize_mode=p['resize_mode'], interpolation=p['interpolation'])
     for clip in clips.itertuples():
         chunks = [w['text'] for w in text_windows(clip.segments, encoder.tokenizer, encoder.context_length)]
         frames = decoded[clip.path] if decoded else read_frames(clip.path, fps=1., start=clip.start, end=clip.end)[0]
         for i, frame in enumerate(frames): Image.fromarray(frame).save(folder/f'{i}.jpg')
         for i in range(len(frames)):
             image = transform(Image.open(folder/f'{i}.jpg'))[None]
-            with torch.inference_mode(): encoder.model.encode_image(image), encoder.model.encode_text(encoder.tokenizer(chunks))
+            with torch.inference_mode():
+                encoder.model.encode_image(image)
+                encoder.model.encode_text(encoder.tokenizer(chunks))
 
 
 def _batched(clips, encoder, workers, folder, decoded=None):
-    "This module's way, into a store; the rows."
-    read = (lambda clip: [(preprocess_frames(decoded[clip.path], encoder.preprocess), np.arange(len(decoded[clip.path])))]) if decoded else None
-    rows = list(embed_items(clips, {c.clip_id: c.segments for c in clips.itertuples()}, encoder, workers=workers, read=read))
+    "This module's way, into a store."
+    read_decoded = lambda clip: [(preprocess_frames(decoded[clip.path], encoder.preprocess), np.arange(len(decoded[clip.path])))]
+    segments = {c.clip_id: c.segments for c in clips.itertuples()}
+    rows = list(embed_items(clips, segments, encoder, workers=workers, read=read_decoded if decoded else None))
     store = open_store(folder/f'{time.monotonic_ns()}.lance', dict(image=encoder.dim, text=encoder.dim), encoder.provenance())
     store.add(_rows(rows, store.table.schema))
-    return rows
 
-# %% ../nbs/20_embed.ipynb #697382e7
+# %% ../nbs/20_embed.ipynb #afb6abaa
 def _cpu_seconds(function):
     "CPU seconds of a call, on one thread, and its result."
     threads, began = torch.get_num_threads(), time.process_time()
@@ -1145,21 +1358,30 @@ def _cpu_seconds(function):
     return time.process_time() - began, result
 
 
+def _window_tokens(clips, encoder):
+    texts = [w['text'] for c in clips.itertuples() for w in text_windows(c.segments, encoder.tokenizer, encoder.context_length)]
+    return list(encoder.tokenizer(texts))
+
+
 def _floor_parts(clips, encoder, batch_size=32):
-    "CPU seconds of each part of the work, alone; and the frames of each file."
-    parts, images, decoded = dict(decode=0., resize=0., forward=0.), [], {}
+    "CPU seconds of each part of the work, alone; how many frames and text windows that is; and the frames of each file."
+    parts, images, decoded = dict(decode=0., resize=0., forward=0., text=0.), [], {}
     for clip in clips.itertuples():
         took, frames = _cpu_seconds(lambda: np.stack(list(_planned_frames(clip.path, sample_times(clip.start, clip.end)))))
         parts['decode'] += took
         took, small = _cpu_seconds(lambda: torch.cat([preprocess_frames(f[None], encoder.preprocess) for f in frames]))
         parts['resize'] += took
-        images += list(small); decoded[clip.path] = frames
-    tokens = [row for c in clips.itertuples() for row in encoder.tokenizer([w['text'] for w in text_windows(c.segments, encoder.tokenizer, encoder.context_length)])]
-    for items, encode in ((images, encode_frames), (tokens, encode_tokens)):
-        for i in range(0, len(items), batch_size): parts['forward'] += _cpu_seconds(lambda: encode(encoder, _filled(items[i:i+batch_size], batch_size)))[0]
-    return parts, decoded
+        images += list(small)
+        decoded[clip.path] = frames
+    tokens = _window_tokens(clips, encoder)
+    for part, inputs, encode in (('forward', images, encode_frames), ('text', tokens, encode_tokens)):
+        for i in range(0, len(inputs), batch_size):
+            parts[part] += _cpu_seconds(lambda: encode(encoder, _filled(inputs[i:i+batch_size], batch_size)))[0]
+    filled = lambda inputs: -(-len(inputs)//batch_size)*batch_size  # what a forward pass was paid for
+    counts = dict(decode=len(images), resize=len(images), forward=filled(images), text=filled(tokens))
+    return parts, counts, decoded
 
-# %% ../nbs/20_embed.ipynb #186f8e08
+# %% ../nbs/20_embed.ipynb #e919650f
 def _turns(contenders, repeats):
     "Best wall time of each, taken in turns, and the CPU seconds then."
     took = {name: [] for name in contenders}
@@ -1170,7 +1392,57 @@ def _turns(contenders, repeats):
             took[name].append((time.perf_counter() - began, time.process_time() - busy))
     return {name: min(times) for name, times in took.items()}
 
+# %% ../nbs/20_embed.ipynb #bf540a65
+def _long_video(path, seconds, rate=5, group=10):
+    "A 720p video of any length in no time: ten seconds are encoded, and their packets written again and again."
+    import av
+    frame, packets = np.full((720, 1280, 3), 90, np.uint8), []
+    with av.open(str(path), 'w') as out:
+        stream = out.add_stream('libx264', rate=rate, options=dict(preset='ultrafast', g=str(rate*group), bf='0'))
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, 'yuv420p'
+        for i in range(rate*group):
+            frame[:, 20*i:20*i + 200] = 30 + 4*i
+            packets += stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24'))
+        packets = [(bytes(p), p.pts, p.is_keyframe, p.time_base) for p in packets + stream.encode(None)]
+        for data, shift in ((p, n*group) for n in range(seconds//group) for p in packets):
+            packet = av.Packet(data[0])
+            packet.stream, packet.time_base, packet.is_keyframe = stream, data[3], data[2]
+            packet.pts = packet.dts = data[1] + round(shift/data[3])
+            out.mux(packet)
 
+
+def _peak_megabytes():
+    "Most memory that this process has held so far."
+    status = Path('/proc/self/status')
+    if status.exists(): return int(re.search(r'VmHWM:\s*(\d+)', status.read_text())[1])/1000*1.024
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform == 'darwin' else 1e3)
+
+
+def _embed_alone(path, seconds):
+    "Embed one video in this process, for its memory; prints frames and megabytes."
+    clip = pd.DataFrame([dict(clip_id='long', path=path, start=0., end=float(seconds))])
+    rows = list(embed_images(clip, load_encoder(), workers=2))
+    print(len(rows[0]['image']), _peak_megabytes())
+
+
+def bench_memory(
+    lengths: tuple = (60, 7200), # s
+) -> list[dict]: # what, value, unit
+    "Peak memory of embedding a short and a long 720p video at one frame a second, each in a process of its own."
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds in lengths:
+            path = f'{folder}/{seconds}.mp4'
+            _long_video(path, seconds)
+            code = f'from hatemm_clip.embed import _embed_alone; _embed_alone({path!r}, {seconds})'
+            done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+            frames, peak = done.stdout.split()[-2:]
+            rows.append(dict(what=f'memory: video of {seconds} s, {frames} frames', value=round(float(peak), 1), unit='MB'))
+    rows.append(dict(what='memory: the longer over the shorter', value=round(rows[-1]['value'] - rows[0]['value'], 1), unit='MB'))
+    return rows
+
+# %% ../nbs/20_embed.ipynb #078f6fc4
 def bench_embed(
     encoder: str = 'ViT-B-32', # an architecture; random weights
     videos: int = 2, # that are made
@@ -1180,6 +1452,7 @@ def bench_embed(
     precision: str = 'auto', # of this module's way; the other is float32, as it was
     repeats: int = 2, # turns; the best counts
     store_clips: int = 100_000, # clips × 16 × 512 for the store; 0: leave it out
+    long: int = 7200, # s of the video whose peak memory is compared with that of a minute; 0: leave it out
 ) -> dict: # name, machine, rows, ratios
     "Compare embedding with the course project's way and with the floor."
     workers = workers or os.cpu_count() or 1
@@ -1188,93 +1461,128 @@ def bench_embed(
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         clips = _bench_clips(folder, videos, copies, seconds)
-        ours = lambda clips, decoded=None: lambda: _batched(clips, fast, workers, folder, decoded)
-        theirs = lambda clips, decoded=None: lambda: _frame_by_frame(clips, plain, folder, decoded)
-        _, decoded = _floor_parts(clips[:1], fast)
-        ours(clips[:1])(), theirs(clips[:1], {clips.path[0]: decoded[clips.path[0]][:1]})()  # the first pass of all sets things up
-        parts, decoded = _floor_parts(clips, fast)
-        took = _turns({'end to end': ours(clips), 'end to end, a frame at a time': theirs(clips), 'decoded frames on': ours(clips, decoded), 'decoded frames on, a frame at a time': theirs(clips, decoded)}, repeats)
-        again, _ = _floor_parts(clips, fast)
-        parts = {name: min(took, again[name]) for name, took in parts.items()}
+        took, parts, counts = _time_embedding(clips, plain, fast, workers, folder, repeats)
         kilobits = sum((folder/f'{v}.mp4').stat().st_size for v in range(videos))*8/1000/videos/seconds
-    rows = [dict(what=f'{name}: {what}', value=round(value, 3), unit=unit) for name, (wall, busy) in took.items() for what, value, unit in (('time', wall, 's'), ('speed', len(clips)/wall, 'clips/s'), ('work', busy, 'CPU s'))]
     floor = sum(parts.values())/workers
-    rows += [dict(what=f'{name}, alone', value=round(s, 3), unit='CPU s') for name, s in parts.items()] + [dict(what=f'floor on {workers} cores', value=round(floor, 3), unit='s')]
-    over = lambda slow, fast: took[slow][0]/took[fast][0]
-    ratios = dict(embed_vs_seed=over('end to end, a frame at a time', 'end to end'), encode_vs_seed=over('decoded frames on, a frame at a time', 'decoded frames on'), embed_vs_floor=took['end to end'][0]/floor)
-    machine = f'{platform.machine()}, {workers} threads, {encoder} in {fast.precision}, {len(clips)} clips of {seconds} s, 720p H.264 at {kilobits:.0f} kbit/s, {len(text_windows(clips.segments[0], fast.tokenizer, fast.context_length))} text windows a clip'
-    return dict(name='embed', machine=machine, rows=rows + (bench_store(store_clips) if store_clips else []), ratios={k: round(v, 3) for k, v in ratios.items()})
+    over = lambda slow, quick: took[slow][0]/took[quick][0]
+    ratios = dict(embed_vs_seed=over('end to end, a frame at a time', 'end to end'),
+                  encode_vs_seed=over('decoded frames on, a frame at a time', 'decoded frames on'),
+                  embed_vs_floor=took['end to end'][0]/floor)
+    rows = _embed_rows(took, parts, counts, len(clips)) + [dict(what=f'floor on {workers} cores', value=round(floor, 3), unit='s')]
+    if long: rows += bench_memory((60, long))
+    if store_clips: rows += bench_store(store_clips)
+    machine = (f'{platform.machine()}, {workers} threads, {encoder} in {fast.precision}, {len(clips)} clips of {seconds} s, '
+               f'720p H.264 at {kilobits:.0f} kbit/s, {len(_window_tokens(clips[:1], fast))} text windows a clip')
+    return dict(name='embed', machine=machine, rows=rows, ratios={k: round(v, 3) for k, v in ratios.items()})
 
-# %% ../nbs/20_embed.ipynb #d625197e
+
+def _time_embedding(clips, plain, fast, workers, folder, repeats):
+    "Times of four ways, and CPU seconds of the parts before and after them, of which the smaller count."
+    ours = lambda clips, decoded=None: lambda: _batched(clips, fast, workers, folder, decoded)
+    theirs = lambda clips, decoded=None: lambda: _frame_by_frame(clips, plain, folder, decoded)
+    *_, decoded = _floor_parts(clips[:1], fast)
+    ours(clips[:1])()  # the first pass of all sets things up
+    theirs(clips[:1], {path: frames[:1] for path, frames in decoded.items()})()
+    parts, counts, decoded = _floor_parts(clips, fast)
+    took = _turns({'end to end': ours(clips), 'end to end, a frame at a time': theirs(clips),
+                   'decoded frames on': ours(clips, decoded), 'decoded frames on, a frame at a time': theirs(clips, decoded)}, repeats)
+    again, *_ = _floor_parts(clips, fast)
+    return took, {name: min(s, again[name]) for name, s in parts.items()}, counts
+
+
+def _embed_rows(took, parts, counts, clips):
+    "Times as rows of a table."
+    rows = []
+    for name, (wall, busy) in took.items():
+        rows += [dict(what=f'{name}: time', value=wall, unit='s'), dict(what=f'{name}: speed', value=clips/wall, unit='clips/s'),
+                 dict(what=f'{name}: work', value=busy, unit='CPU s')]
+    for name, s in parts.items():
+        rows += [dict(what=f'{name}, alone', value=s, unit='CPU s'),
+                 dict(what=f'{name}, alone', value=s/counts[name], unit='CPU s a text window' if name == 'text' else 'CPU s a frame')]
+    return [dict(row, value=round(row['value'], 4)) for row in rows]
+
+# %% ../nbs/20_embed.ipynb #3922732f
 def bench_store(
     clips: int = 100_000,
     frames: int = 16, # vectors a clip
     dim: int = 512, # features a vector
 ) -> list[dict]: # what, value, unit
     "Write, read and mend a store of random vectors; beside it, a plain NumPy file."
-    rng, raw = np.random.default_rng(0), clips*frames*dim*2
+    rng, raw, took = np.random.default_rng(0), clips*frames*dim*2, Counter()
     block = rng.standard_normal((1000, frames, dim), dtype=np.float32).astype(np.float16)
-    rows_of = lambda ids: [dict(clip_id=f'{i:09d}', image=block[i % 1000], image_times=range(frames)) for i in ids]
-    took, clock = {}, time.perf_counter
+
+    def timed(name, function, *args):
+        began = time.perf_counter()
+        result = function(*args)
+        took[name] += time.perf_counter() - began
+        return result
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder)/'bench.lance', dict(image=dim), {})
-        tables = lambda ids: _rows(rows_of(ids), store.table.schema)
-        took['write'] = 0.
-        for a in range(0, clips, 5000):
-            table = tables(np.arange(a, min(a + 5000, clips)))
-            began = clock(); store.add(table); took['write'] += clock() - began
-        del table
-        began = clock(); got = store.table.to_arrow(); took['read'] = clock() - began
-        if len(got) != clips: raise RuntimeError(f'{len(got)} of {clips} clips came back')
-        del got
-        table = tables(rng.choice(clips, max(1, clips//100), replace=False))
-        began = clock(); store.upsert(table); took['upsert'] = clock() - began
-        began = clock(); store.compact(); took['compact'] = clock() - began
+        row = lambda i: dict(clip_id=f'{i:09d}', image=block[i % 1000], image_times=range(frames))
+        table = lambda ids: _rows([row(i) for i in ids], store.table.schema)
+        for a in range(0, clips, 5000): timed('write', store.add, table(range(a, min(a + 5000, clips))))
+        count = len(timed('read', store.table.to_arrow))
+        if count != clips: raise RuntimeError(f'{count} of {clips} clips came back')
+        timed('upsert of 1 %', store.upsert, table(rng.choice(clips, max(1, clips//100), replace=False)))
+        timed('compaction', store.compact)
         size = sum(f.stat().st_size for f in store.path.rglob('*') if f.is_file())/raw
     with tempfile.TemporaryDirectory() as folder:
-        file = np.lib.format.open_memmap(Path(folder)/'bench.npy', 'w+', np.float16, (clips, frames, dim))
-        began = clock()
-        for a in range(0, clips, 1000): file[a:a+1000] = block[:len(file[a:a+1000])]
-        file.flush(); took['NumPy write'] = clock() - began
-        del file
-        began = clock(); np.load(Path(folder)/'bench.npy'); took['NumPy read'] = clock() - began
-    gigabytes = lambda what, name: dict(what=f'store: {what}', value=round(raw/1e9/took[name], 3), unit='GB/s')
-    return [gigabytes('read', 'read'), gigabytes('NumPy file, read', 'NumPy read'), gigabytes('write', 'write'), gigabytes('NumPy file, write', 'NumPy write'),
-            dict(what='store: upsert of 1 %', value=round(took['upsert'], 3), unit='s'), dict(what='store: compaction', value=round(took['compact'], 3), unit='s'), dict(what='store: size on disk over raw bytes', value=round(size, 4), unit='ratio')]
-
-# %% ../nbs/20_embed.ipynb #820caef3
-RATES = dict(decode=.052, resize=.007, forward=.015, asr=.023)  # CPU s: a 720p frame at one a second, twice; a ViT-B-32 frame in bfloat16; a second of sound with tiny.en
+        timed('NumPy file, write', _write_npy, Path(folder)/'bench.npy', block, (clips, frames, dim))
+        timed('NumPy file, read', np.load, Path(folder)/'bench.npy')
+    speeds = ('read', 'NumPy file, read', 'write', 'NumPy file, write')
+    rows = [dict(what=f'store: {name}', value=round(raw/1e9/took[name], 3), unit='GB/s') for name in speeds]
+    rows += [dict(what=f'store: {name}', value=round(took[name], 3), unit='s') for name in ('upsert of 1 %', 'compaction')]
+    return rows + [dict(what='store: size on disk over raw bytes', value=round(size, 4), unit='ratio')]
 
 
+def _write_npy(path, block, shape):
+    "Fill a plain NumPy file with a block, over and over."
+    file = np.lib.format.open_memmap(path, 'w+', block.dtype, shape)
+    for a in range(0, shape[0], len(block)): file[a:a+len(block)] = block[:len(file[a:a+len(block)])]
+    file.flush()
+
+# %% ../nbs/20_embed.ipynb #d09b0b43
 def plan_cost(
     videos: int,
     seconds: float, # mean length of a video
     cores: int = 64, # on all machines together
     fps: float = 1., # frames per second
-    rates: dict = RATES, # CPU s: decode, resize, forward a frame; asr a second of sound
     dim: int = 512, # features a vector
     window: float = 20., # s of speech in a text window
     efficiency: float = .8, # share of the cores' time that is work
-) -> pd.Series: # hours of video, core hours, days, TB
+    decode: float = .05, # CPU s a 720p frame, one a second; all rates: measured on 2 shared cores of a Xeon with AMX
+    resize: float = .007, # CPU s a 720p frame
+    forward: float = .017, # CPU s a frame, ViT-B-32 in bfloat16
+    text: float = .016, # CPU s a text window, the same model
+    asr: float = .023, # CPU s a second of sound, tiny.en
+) -> pd.Series: # hours of video, core hours, hours, GB
     "Estimate what transcribing and embedding a set of videos takes."
-    frames, hours = videos*seconds*fps, videos*seconds/3600
-    vision, speech = frames*(rates['decode'] + rates['resize'] + rates['forward'])/3600, videos*seconds*rates['asr']/3600
-    return pd.Series({'hours of video': hours, 'core hours to embed': vision, 'core hours to transcribe': speech, 'days': (vision + speech)/cores/efficiency/24, 'TB of features': (frames + videos*seconds/window)*(2*dim + 4)/1e12})
+    frames, windows = videos*seconds*fps, videos*seconds/window
+    embed, transcribe = (frames*(decode + resize + forward) + windows*text)/3600, videos*seconds*asr/3600
+    return pd.Series({'hours of video': videos*seconds/3600, 'core hours to embed': embed, 'core hours to transcribe': transcribe,
+                      'hours on these cores': (embed + transcribe)/cores/efficiency, 'GB of features': (frames + windows)*(2*dim + 4)/1e9})
 
-# %% ../nbs/20_embed.ipynb #0c3e1b1b
+# %% ../nbs/20_embed.ipynb #ce988898
 def demo_run(
     run_dir: str | Path, # gets the tables and the store
     data_dir: str | Path = '../demo_data', # gets the corpus
     videos: int = 160,
     seed: int = 0,
+    embed: bool = True, # False: stop at the transcripts
 ) -> Path: # `run_dir`
     "Run the demo up to its features, as far as that is not done."
-    from hatemm_clip.asr import transcribe_clips
-    from hatemm_clip.data import prepare_data
-    from hatemm_clip.demo import make_corpus
-    run = Path(run_dir)
-    if not (run/'clips.parquet').exists(): prepare_data('demo', make_corpus(data_dir, videos, seed), run)
-    clips = read_table(run/'clips.parquet')
-    if not (run/'transcripts.parquet').exists(): transcribe_clips(clips, run)
-    if not (run/'features.lance').exists(): embed_clips(clips, read_table(run/'transcripts.parquet'), run/'features.lance', load_encoder())
+    from hatemm_clip.asr import demo_clips, transcribe_clips
+    run, clips = Path(run_dir), demo_clips(run_dir, data_dir, videos, seed)
+    transcripts, store = run/'transcripts.parquet', run/'features.lance'
+    if (run/'run.json').exists() or set(clips.dataset) != {'demo'}:
+        for path, stage in [(transcripts, '10_asr'), (store, '20_embed')][:1 + embed]:
+            if not path.exists(): raise InputError(f'{run}: has no {path.name}; run the stage {stage} first')
+        return run
+    if not transcripts.exists(): transcribe_clips(clips, run)
+    if embed and not _is_whole(store, clips): embed_clips(clips, read_table(transcripts), store, load_encoder())
     return run
+
+
+def _is_whole(path, clips):
+    "Whether a store has every clip, however it was made."
+    return _has_version(path) and set(clips.clip_id) <= set(open_store(path).clip_ids())

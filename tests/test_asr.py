@@ -13,8 +13,9 @@ import pytest
 
 from hatemm_clip import asr as module
 from hatemm_clip.asr import (
-    Asr, compression_ratio, cut_windows, find_ct2_model, load_asr, make_groups, missed_speech, padded_seconds, read_journal, read_transcripts,
-    split_segments, transcribe_clips, window_flags, word_error_rate, write_srt, write_vtt)
+    Asr, asr_of, bench_asr, compression_ratio, cut_windows, demo_clips, find_ct2_model, load_asr, make_groups, missed_speech, padded_seconds,
+    read_journal, read_transcripts, speech_spans, split_segments, store_lock, transcribe_clips, window_flags, word_error_interval, word_error_rate,
+    word_errors, write_srt, write_subtitles, write_vtt)
 from hatemm_clip.data import SR, InputError, prepare_data, read_audio, read_table
 from hatemm_clip.demo import make_corpus, random_sentence, read_truth, speak
 
@@ -216,6 +217,154 @@ def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
     assert resumed.clip_id.tolist() == sorted(clips.clip_id) and not journal.exists()
 
 
+RUN = """
+import os, signal, sys, time
+import numpy as np, pandas, faster_whisper.vad, filelock, pyarrow.parquet, tqdm
+from hatemm_clip import asr as module
+from hatemm_clip.data import read_table
+clips, target = read_table(sys.argv[1]), sys.argv[2]
+
+def run():
+    asr = module.load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
+    os.write(ready, b'.')
+    append = module._append
+    def slowly(*args):
+        time.sleep(.1)
+        append(*args)
+    module._append = slowly
+    module.transcribe_clips(clips, target, asr=asr)
+
+rng, killed = np.random.default_rng(0), 0
+for _ in range(10):
+    started, ready = os.pipe()
+    child = os.fork()  # the imports, most of the time of a run, are done
+    if not child:
+        try: run()
+        finally: os._exit(0)
+    os.close(ready)
+    assert os.read(started, 1) == b'.'
+    time.sleep(rng.uniform(.05, 1.))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+print(killed)
+"""
+
+
+def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
+    clips, _, folder = corpus
+    many = pd.concat([clips.assign(clip_id=clips.clip_id + f'-{i}', start=.3*i) for i in range(4)], ignore_index=True)
+    from hatemm_clip.data import CLIPS, write_table
+    write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
+    (tmp_path/'run.py').write_text(RUN)
+    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
+                          stdout=subprocess.PIPE, text=True, timeout=300)
+    assert int(done.stdout.split()[-1]) >= 6
+    options = dict(device='cpu', batch_size=1, threads=1)
+    transcribe_clips(many, tmp_path/'killed', **options)
+    transcribe_clips(many, tmp_path/'calm', **options)
+    read = lambda name: (tmp_path/name/'transcripts.parquet').read_bytes()
+    assert read('killed') == read('calm') and not list((tmp_path/'killed').glob('*.journal'))
+
+
+def test_two_writers_one_is_refused(fast, corpus, tmp_path):
+    clips, _, folder = corpus
+    with store_lock(tmp_path/'transcripts.parquet'):
+        with pytest.raises(InputError, match='another run is writing to it'): transcribe_clips(clips[:2], tmp_path, asr=fast)
+        code = "import sys; from hatemm_clip.asr import transcribe_clips; from hatemm_clip.data import read_table; transcribe_clips(read_table(sys.argv[1])[:2], sys.argv[2])"
+        done = subprocess.run([sys.executable, '-c', code, str(folder/'tables/clips.parquet'), str(tmp_path)], capture_output=True, text=True)
+    assert 'InputError' in done.stderr and 'another run is writing to it' in done.stderr.splitlines()[-1]
+    first = transcribe_clips(clips[:2], tmp_path, asr=fast)
+    with store_lock(tmp_path/'transcripts.parquet'): assert first.equals(transcribe_clips(clips[:2], tmp_path, asr=fast))  # done: only read
+
+
+def test_a_full_disk_is_told_and_the_journal_goes_on(fast, corpus, tmp_path):
+    clips, _, folder = corpus
+    code = f"""
+import resource, signal
+from hatemm_clip.asr import load_asr, transcribe_clips
+from hatemm_clip.data import read_table
+asr = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+transcribe_clips(read_table({str(folder/'tables/clips.parquet')!r}), {str(tmp_path)!r}, asr=asr)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    told = done.stderr.strip().splitlines()[-1]
+    assert 'InputError' in told and 'transcripts.parquet.journal: cannot be written (File too large)' in told and 'make room and run again' in told
+    one_by_one = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2, batch_size=1)
+    resumed = transcribe_clips(clips, tmp_path, asr=one_by_one)
+    assert resumed.equals(transcribe_clips(clips, tmp_path/'calm', asr=one_by_one))
+
+
+def test_what_failed_is_tried_again_and_nothing_else(fast, corpus, tmp_path, capsys):
+    clips = corpus[0].assign(path=[str(tmp_path/f'{i}.mp4') if i == 3 else p for i, p in enumerate(corpus[0].path)])
+    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.1)) == 11
+    (tmp_path/'3.mp4').write_bytes(Path(corpus[0].path[3]).read_bytes())
+    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 12
+    assert 'trying those again' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
+    transcribe_clips(clips, tmp_path, asr=fast)
+    assert 'there already' in capsys.readouterr().out
+
+
+def test_the_threshold_of_speech_is_a_setting(corpus, tmp_path, capsys):
+    strict = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, vad_threshold=.9)
+    assert strict.settings()['vad_threshold'] == .9 and asr_of(strict.settings(), 'cpu').vad_threshold == .9
+    noisy = read_audio(corpus[0].path[0]) + np.random.default_rng(0).normal(0, .2, read_audio(corpus[0].path[0]).size).astype(np.float32)
+    length = lambda threshold: sum(b - a for a, b in speech_spans(noisy, threshold))
+    assert length(.9) < length(.35)
+    windows = module._windows_of(0, noisy, .9)
+    assert {s for w in windows for s in w['spans']} == set(speech_spans(noisy, .9))
+    with pytest.raises(InputError, match='expected a probability'): load_asr(vad_threshold=0)
+
+
+def test_text_that_is_left_out_keeps_its_flag():
+    window = dict(text='la la la', avg_logprob=-.3, no_speech_prob=.1, missed=0., has_speech=False, seconds=20., segments=[], language='en')
+    asr = Failing()
+    kept = module._join(asr, [window, dict(window, text='thank you', no_speech_prob=.9)])
+    assert kept['text'] == 'la la la' and kept['flags'] == ['no_speech', 'vad_silent']
+    assert module._join(asr, [window, dict(window, text='', no_speech_prob=.9)])['flags'] == ['vad_silent']
+    assert module._join(asr, [dict(window, text='thank you', no_speech_prob=.9)])['flags'] == ['no_speech']
+
+
+def test_a_model_can_be_loaded_again_by_what_is_recorded(corpus, tmp_path, monkeypatch):
+    (tmp_path/'tiny.en').symlink_to(find_ct2_model('tiny.en'))
+    monkeypatch.chdir(tmp_path)
+    asr = load_asr('faster-whisper', './tiny.en', 'cpu', threads=1)
+    monkeypatch.undo()
+    table = transcribe_clips(corpus[0][:1], tmp_path/'run', asr=asr)
+    made = dict(backend=table.backend[0], model=table.model[0], **{k: v for k, v in table.attrs['params'].items() if k == 'source'})
+    assert asr_of(made, 'cpu').settings()['weights_sha256'] == asr.settings()['weights_sha256']
+    assert module._model_name('tiny.en') == 'tiny.en' and module._model_name(str(Path(__file__))) == 'test_asr.py'
+    with pytest.raises(InputError, match='other weights'): asr_of(dict(asr.settings(), source='tiny.en', weights_sha256='0'), 'cpu')
+
+
+def test_reading_ahead_is_bounded_by_seconds():
+    from concurrent.futures import ThreadPoolExecutor
+    held, most, lock = [], [], threading.Lock()
+
+    def read(seconds):
+        with lock: held.append(seconds); most.append(sum(held))
+        return seconds
+    items = np.random.default_rng(0).choice([5, 30, 400], 60).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for i, seconds in enumerate(module._ahead(pool, read, items, items, 100)):
+            assert seconds == items[i]
+            with lock: held.remove(seconds)
+    assert max(most) <= 500 and len(most) == 60
+
+
+def test_a_run_that_hatemm_keeps_is_not_filled_with_the_demo(tmp_path):
+    (tmp_path/'run.json').write_text('{}')
+    with pytest.raises(InputError, match='run the stage 00_data first'): demo_clips(tmp_path, tmp_path/'data')
+    assert not (tmp_path/'data').exists()
+
+
+def test_bench_tells_speed_errors_and_the_long_file(shared):
+    told = bench_asr(None, str(shared/'models/whisper-tiny.en.pt'), n=2, repeats=1, long=20)
+    assert told['ratios'].keys() == {'asr_vs_openai'} and len(told['rows']) == 16
+    assert sum('one file of' in row['what'] for row in told['rows']) == 8 and all(row['value'] >= 0 for row in told['rows'])
+
+
 def test_a_finished_table_is_kept_and_other_settings_are_not_mixed(fast, corpus, tmp_path, capsys):
     clips = corpus[0].head(3)
     first = transcribe_clips(clips, tmp_path, asr=fast)
@@ -265,11 +414,11 @@ def test_groups_depend_on_the_table_alone():
 
 
 def test_flags():
-    fine = dict(text='we baked an apple cake', avg_logprob=-.3, no_speech_prob=.1, missed=0., heard=True)
+    fine = dict(text='we baked an apple cake', avg_logprob=-.3, no_speech_prob=.1, missed=0., has_speech=True)
     assert window_flags(fine) == []
     assert window_flags(fine | dict(missed=5.)) == ['missed_speech']
-    assert window_flags(fine | dict(heard=False, no_speech_prob=.7)) == ['no_speech']
-    assert window_flags(fine | dict(heard=False, text='')) == ['no_speech']
+    assert window_flags(fine | dict(has_speech=False, no_speech_prob=.7)) == ['no_speech']
+    assert window_flags(fine | dict(has_speech=False, text='')) == ['no_speech']
     assert compression_ratio('we should get rid of these '*9) > 2.4 > compression_ratio('we should get rid of these')
     assert missed_speech([], [(1., 3.)], 0., 10.) == pytest.approx(2, abs=.06) and padded_seconds(0) == 2
 
@@ -278,11 +427,17 @@ def test_word_error_rate_by_hand():
     assert word_error_rate('bread costs less in our town', 'bread cast less our town today') == pytest.approx(3/6)
     assert word_error_rate(["it's two colours", 'yes'], ['it is 2 colors', 'yes']) == 0
     with pytest.raises(InputError, match='2 references and 1 hypotheses'): word_error_rate(['a', 'b'], ['a'])
+    wrong, words = word_errors(['bread costs less', ''], ['bread cast', 'you'])
+    assert wrong.tolist() == [2, 1] and words.tolist() == [3, 0]
+    low, high = word_error_interval(['a b c d']*50, ['a b c d']*25 + ['x y z d']*25)
+    assert .25 < low < .375 < high < .5
 
 
 def test_subtitles_read_back(tmp_path):
     segments = [dict(start=.5, end=3661.25, text='an --> arrow'), dict(start=3662., end=3663., text='end')]
     assert '00:00:00,500 --> 01:01:01,250\nan -> arrow\n' in write_srt(segments, tmp_path/'a.srt').read_text()
+    folder = write_subtitles(pd.DataFrame([dict(clip_id='a/b', segments=[dict(start=0., end=1., text='1 < 2 & 3')])]), tmp_path/'subtitles', 'vtt')
+    assert (folder/'a_b.vtt').read_text().endswith('1 &lt; 2 &amp; 3\n')
     import av
     with av.open(str(write_vtt(segments, tmp_path/'a.vtt'))) as container: assert len([p for p in container.demux() if p.size]) == 2
 

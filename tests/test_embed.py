@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 
 from hatemm_clip.data import InputError, iter_frames, read_frames, sample_times
 from hatemm_clip.demo import write_video
+from hatemm_clip import embed as module
 from hatemm_clip.embed import (
-    Encoder, FeatureStore, _planned_frames, _rows, embed_clips, embed_images, embed_items, encode_frames, encode_texts, export_features, features_info,
+    CHUNK, Encoder, FeatureStore, _planned_frames, _rows, bench_embed, bench_memory, demo_run, embed_clips, embed_images, embed_items, encode_frames, encode_texts, export_features, features_info,
     format_info, frame_plan, load_encoder, open_store, preprocess_frames, read_features, read_inputs, store_lock, text_windows, with_precision)
 
 
@@ -115,7 +117,7 @@ def test_fewer_packets_than_frames():
     assert np.flatnonzero(send).tolist() == [0, 1, 2, 3, *range(50, 58)] and shown.tolist() == [3, 57, 57]
 
 
-def test_a_frame_before_its_key_frame_leans_on_the_one_before():
+def test_a_frame_before_its_key_frame_needs_the_one_before():
     pts, keys = np.array([0, 1, 5, 3, 4]), np.array([1, 0, 1, 0, 0], bool)
     assert frame_plan(pts, keys, np.array([3.5]))[0].tolist() == [True]*4 + [False]
     assert frame_plan(pts, keys, np.array([6.]))[0].tolist() == [False, False, True, False, False]
@@ -172,8 +174,134 @@ def test_two_writers_one_is_refused_readers_are_not(enc, videos, transcripts, tm
     with store_lock(tmp_path/'a.lance'):
         code = f"from hatemm_clip.embed import store_lock, open_store\nprint(len(open_store({str(tmp_path/'a.lance')!r})))\nwith store_lock({str(tmp_path/'a.lance')!r}): pass"
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.stdout.strip() == '2' and 'another run is writing to this store' in done.stderr.splitlines()[-1]
+    assert done.stdout.strip() == '2' and 'another run is writing to it' in done.stderr.splitlines()[-1]
     with store_lock(tmp_path/'a.lance'): pass
+
+
+@pytest.mark.parametrize('left', ['a.lance', 'a.lance/_versions', 'a.lance/data'])
+def test_a_half_made_store_is_begun_again(left, enc, videos, transcripts, tmp_path):
+    (tmp_path/left).mkdir(parents=True)
+    with pytest.raises(InputError, match='no such feature store'): open_store(tmp_path/'a.lance')
+    assert len(embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', enc)) == 2
+
+
+def test_a_damaged_store_is_refused_and_not_overwritten(enc, videos, transcripts, tmp_path):
+    embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', enc)
+    for file in (tmp_path/'a.lance/_versions').glob('*.manifest'): file.write_bytes(b'torn')
+    before = sorted((tmp_path/'a.lance').rglob('*'))
+    with pytest.raises(InputError, match='not a readable feature store'): embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', enc)
+    assert sorted((tmp_path/'a.lance').rglob('*')) == before
+
+
+def test_only_new_and_changed_clips_are_embedded(enc, videos, transcripts, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(module, 'read_inputs', lambda path, *rest: (opened.append(Path(path).stem), read_inputs(path, *rest))[1])
+    run = lambda *tables: embed_clips(*tables, tmp_path/'a.lance', enc)
+    run(videos[:3], transcripts[:3])
+    run(videos[:5], transcripts[:5])
+    assert sorted(opened[:3]) == ['0', '1', '2'] and sorted(opened[3:]) == ['3', '4']
+    mended = transcripts.assign(segments=[[dict(start=0., end=1., text='another text')] if i == 1 else s for i, s in enumerate(transcripts.segments)])
+    store = run(videos[:5], mended[:5])
+    assert opened[5:] == ['1'] and len(store) == 5 and not any(store.column('error'))
+    fresh = embed_clips(videos[:5], mended[:5], tmp_path/'b.lance', enc)
+    assert columns(store) == columns(fresh)
+    run(videos[:5].assign(sha256=['new' if i == 4 else '' for i in range(5)]), mended[:5])
+    assert opened[-1] == '4'
+
+
+def test_a_store_of_old_is_read_and_made_anew(enc, videos, transcripts, tmp_path):
+    import lancedb
+    import pyarrow as pa
+    from hatemm_clip.data import CLIPS, write_table
+    write_table(videos.assign(targets=[[]]*6, spans=[[]]*6, duration=videos.end, fps=5., width=96, height=64, has_audio=False, sha256=''), tmp_path/'clips.parquet', CLIPS)
+    new = embed_clips(videos, transcripts, tmp_path/'new.lance', enc)
+    made = dict(new.provenance, clips='0123', transcripts='4567', asr=dict(backend='toy', model='toy'))
+    rows = new.read().drop_columns(['inputs'])
+    rows = rows.replace_schema_metadata({b'hatemm': json.dumps(made).encode()})
+    lancedb.connect(str(tmp_path)).create_table('features', rows)
+    old = read_features(tmp_path)
+    assert len(old) == 6 and features_info(tmp_path)['clips'] == 6
+    store = embed_clips(videos, transcripts, tmp_path/'features.lance', enc)
+    assert columns(store) == columns(new) and len(read_features(tmp_path)) == 6 and all(store.column('inputs'))
+
+
+def test_clips_without_a_transcript_are_counted(enc, videos, transcripts, tmp_path, capsys):
+    with pytest.raises(InputError, match='1 of 6 items failed.*no transcript; run 10_asr again'): embed_clips(videos, transcripts[1:], tmp_path/'a.lance', enc)
+    embed_clips(videos, transcripts[1:], tmp_path/'a.lance', enc, max_failed=.2)
+    assert '6 new, 0 failed, 1 without a transcript' in capsys.readouterr().out
+    embed_clips(videos, transcripts, tmp_path/'a.lance', enc)
+    assert '1 new, 0 failed, 0 without a transcript' in capsys.readouterr().out
+    assert len(embed_clips(videos, transcripts[:0], tmp_path/'b.lance', enc)) == 6  # frames alone are no failure
+
+
+def test_features_of_a_fine_tuned_encoder_hide_folds_that_it_saw(enc, tables, tmp_path):
+    from hatemm_clip.data import SPLITS, write_table
+    folder, clips, said = tables
+    rows = [dict(protocol='grouped', fold=k, video_id=v, group=v, part=['train', 'val', 'test'][(i + k) % 3]) for k in range(3) for i, v in enumerate(sorted(set(clips.video_id)))]
+    (tmp_path/'clips.parquet').write_bytes((folder/'clips.parquet').read_bytes())
+    write_table(pd.DataFrame(rows), tmp_path/'splits.parquet', SPLITS)
+    embed_clips(clips, said, tmp_path/'features.lance', enc)
+    whole = read_features(tmp_path)
+    assert whole.split.shape == (3, 30)
+    for name, checkpoint, expected in (('fold', dict(protocol='fold', fold=1), whole.split[[1]]), ('single', dict(protocol='single'), None)):
+        store = open_store(tmp_path/f'{name}.lance', dict(image=enc.dim, text=enc.dim), dict(enc.provenance(), checkpoint=checkpoint))
+        store.add(_rows([dict(clip_id=c, image=np.ones((1, enc.dim)), image_times=[0.]) for c in clips.clip_id], store.table.schema))
+        split, info = read_features(tmp_path/f'{name}.lance').split, features_info(tmp_path/f'{name}.lance')
+        assert (split is None) if expected is None else np.array_equal(split, expected)
+        assert info['folds'] == (0 if expected is None else 1)
+        assert read_features(tmp_path/f'{name}.lance', all_folds=True).split.shape == (3, 30)
+
+
+def test_info_counts_what_reading_gives(enc, tables, tmp_path):
+    folder, clips, said = tables
+    (tmp_path/'clips.parquet').write_bytes((folder/'clips.parquet').read_bytes())
+    embed_clips(clips, said, tmp_path/'features.lance', enc)
+    info, features = features_info(tmp_path), read_features(tmp_path)
+    for m, told in info['modalities'].items():
+        mask = features.masks[m]
+        assert told == dict(dim=enc.dim, present=mask.any(1).sum(), vectors=mask.sum(), longest=mask.sum(1).max(), unit=True, padded_bytes=features.arrays[m].nbytes)
+    assert info['clips'] == 30 and info['labels'] == dict(a=15, b=15) and info['videos'] == 6
+
+
+def test_tasks_of_ray_hold_a_chunk_at_a_time(enc, videos, transcripts, tmp_path):
+    (tmp_path/'torn.mp4').write_bytes(Path(videos.path[5]).read_bytes()[:300])
+    table = videos.assign(segments=[json.dumps(s) for s in transcripts.segments])[['clip_id', 'path', 'start', 'end', 'segments']]
+    torn = table[5:].assign(path=str(tmp_path/'torn.mp4'))
+    for batch, error in ((table[5:], ''), (torn, 'torn.mp4')):
+        chunks = list(module._ray_inputs(batch.to_dict('list'), enc, 5., 0, ''))
+        assert max(len(c['at']) for c in chunks) <= CHUNK and chunks[-1]['modality'] == ['']
+        assert chunks[-1]['at'] == [sum(len(c['at']) for c in chunks[:-1])] and error in chunks[-1]['error'][0]
+
+
+def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
+    for supported, expected in ((True, 'bfloat16'), (False, 'float16')):
+        module.faster_precision.cache_clear()
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
+        assert module.faster_precision(768, 'cuda') == expected
+    module.faster_precision.cache_clear()
+
+
+def test_the_demo_is_finished_and_nothing_else_is_touched(enc, tmp_path, capsys):
+    run = demo_run(tmp_path/'run', tmp_path/'demo', videos=12)
+    store = open_store(run/'features.lance')
+    store.table.delete(f"clip_id = '{store.clip_ids()[0]}'")
+    demo_run(run, tmp_path/'demo')  # a store that a kill left half full
+    assert len(open_store(run/'features.lance')) == 12 and '1 new' in capsys.readouterr().out
+    demo_run(run, tmp_path/'demo')
+    assert capsys.readouterr().out == ''
+    (run/'run.json').write_text('{}')
+    shutil.rmtree(run/'features.lance')
+    with pytest.raises(InputError, match='has no features.lance; run the stage 20_embed first'): demo_run(run)
+    assert demo_run(run, embed=False) == run
+
+
+def test_bench_in_small():
+    told = bench_embed('hatemm-tiny', videos=1, copies=1, seconds=2, repeats=1, store_clips=50, long=0)
+    assert told['ratios'].keys() == {'embed_vs_seed', 'encode_vs_seed', 'embed_vs_floor'}
+    units = [row['unit'] for row in told['rows']]
+    assert units.count('CPU s a frame') == 3 and units.count('CPU s a text window') == 1
+    memory = bench_memory((10, 30))
+    assert [row['what'] for row in memory[:2]] == ['memory: video of 10 s, 10 frames', 'memory: video of 30 s, 30 frames']
 
 
 RUN = """
@@ -269,10 +397,17 @@ def test_sound_is_a_third_modality(audio, width, enc, tmp_path):
     if audio == 'whisper': assert np.allclose(np.linalg.norm(rows['a']['audio'], axis=1), 1, atol=.01) and rows['a']['audio_times'] == [0., 10.]
 
 
+def test_blocks_of_sound_make_no_difference():
+    sound = np.random.default_rng(0).normal(0, .1, 20_000).astype(np.float32)
+    frames, filters, window = np.lib.stride_tricks.sliding_window_view(sound, 2048)[::512], module.mel_filters(), np.hanning(2048).astype(np.float32)
+    whole, blocks = (module._mel_power(frames, filters, window, block) for block in (1000, 7))
+    assert np.allclose(whole, blocks, rtol=1e-4)
+
+
 def test_mfcc_equals_librosa():
     librosa = pytest.importorskip('librosa', reason='librosa is the reference; it is not needed otherwise')
     from hatemm_clip.embed import mfcc
-    sound = np.random.default_rng(0).normal(0, .1, 40_000).astype(np.float32)*np.linspace(0, 1, 40_000, dtype=np.float32)
+    sound = np.random.default_rng(0).normal(0, .1, 700_000).astype(np.float32)*np.linspace(0, 1, 700_000, dtype=np.float32)  # more than a block
     assert np.abs(librosa.feature.mfcc(y=sound, sr=16_000, n_mfcc=40).T - mfcc(sound)).max() < .05
 
 
