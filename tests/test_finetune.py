@@ -505,6 +505,14 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
     assert read_clip_data(copy, encoder, max_failed=.1).summary()['without_frames'] == 1
 
 
+def test_random_vit_takes_steps():
+    "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
+    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0.), make_toy(4, size=224)
+    session = module._open_session(module._load_base(config), data, np.arange(4), np.arange(2), config, 'cpu', 0)
+    found = [module._train_epoch(session, epoch, epoch, 50) for epoch in range(3)]
+    assert session.reached == {'image', 'text'} and found[-1] < found[0]
+
+
 def test_real_memes(shared, tmp_path):
     "A few steps on real images: runs, and the loss falls."
     import tarfile
