@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MODES', 'LR', 'AUGMENTATIONS', 'PRECISIONS', 'PROJECTIONS', 'MASKED', 'FinetuneConfig', 'check_config', 'tower_of',
            'projection_names', 'lora_targets', 'set_trainable', 'trainable_parameters', 'ClipData', 'cache_frames',
-           'read_clip_data', 'augment_frames', 'mask_words', 'pick_rows', 'make_batch', 'ClipHead', 'ClipClassifier',
-           'class_weights', 'clip_batch_loss', 'plan_epoch', 'lr_factor', 'make_optimizer', 'save_checkpoint',
-           'find_checkpoint', 'read_checkpoint', 'load_checkpoint', 'seen_by', 'audit_checkpoint', 'pick_precision',
-           'check_gradients', 'memory_advice', 'check_parts', 'Finetuned', 'finetune', 'predict_clips', 'plot_history',
-           'embed_with', 'embed_folds', 'read_folds', 'fold_parts', 'run_finetune', 'bench_finetune']
+           'read_clip_data', 'augment_frames', 'mask_words', 'pick_rows', 'draw_clip', 'make_batch', 'ClipHead',
+           'ClipClassifier', 'class_weights', 'clip_batch_loss', 'plan_epoch', 'lr_factor', 'make_optimizer',
+           'save_checkpoint', 'find_checkpoint', 'read_checkpoint', 'load_checkpoint', 'seen_by', 'audit_checkpoint',
+           'pick_precision', 'check_gradients', 'memory_advice', 'check_parts', 'Finetuned', 'finetune', 'plot_history',
+           'embed_with', 'embed_folds', 'read_folds', 'on_fold', 'chosen_folds', 'fold_parts', 'run_finetune',
+           'bench_finetune']
 
-# %% ../nbs/30_finetune.ipynb #adf8b0e5
+# %% ../nbs/30_finetune.ipynb #3889d08a
 import contextlib
 import dataclasses
 import hashlib
@@ -35,13 +36,14 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .data import InputError, LeakError, check_failures, file_sha256, part_of_clips, progress, read_frames, read_table, table_hash
-from .embed import (FINETUNED, Encoder, Features, demo_run, embed_items, load_encoder, open_store, pick_device, preprocess_frames, read_features,
-                               store_lock, text_windows, with_precision)
+from .data import (InputError, LeakError, check_failures, file_sha256, part_of_clips, progress, read_frames,
+                              read_table, table_hash)
+from .embed import (FINETUNED, Encoder, Features, demo_run, embed_items, load_encoder, open_store, pick_device,
+                               preprocess_frames, read_features, store_lock, text_windows, with_precision)
 
-# %% ../nbs/30_finetune.ipynb #99da8a2d
+# %% ../nbs/30_finetune.ipynb #d1b7bec5
 MODES = ('head', 'projection', 'lora', 'full')
-LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peak learning rates of an encoder with 128 features; with D features 128/D of that
+LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks for 128 features; for D features 128/D of that
 AUGMENTATIONS = ('crop', 'flip', 'color', 'rotate')
 PRECISIONS = ('auto', 'float32', 'bfloat16', 'float16')
 
@@ -55,8 +57,8 @@ class FinetuneConfig:
     num_frames: int = 4 # frames of a clip in a step, K
     num_windows: int = 4 # windows of its transcript in a step, S
     batch_size: int = 16 # clips a step
-    accumulate: int = 1 # pieces that a step is computed in
-    epochs: int = 8 # at most
+    accumulate: int = 1 # micro-batches that a step is computed in
+    epochs: int = 10 # at most
     patience: int = 3 # epochs without a better validation loss
     lr: float = 0. # of the encoder, at its peak; 0: that of LR, for its width
     head_lr: float = 1e-3 # of the head, at its peak
@@ -81,7 +83,7 @@ class FinetuneConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/30_finetune.ipynb #3847ea36
+# %% ../nbs/30_finetune.ipynb #f74d886f
 def check_config(
     config: FinetuneConfig,
 ):
@@ -89,13 +91,17 @@ def check_config(
     unknown = [n for n in config.augment.split('+') if n and n not in AUGMENTATIONS]
     if unknown: raise InputError(f"augment names {unknown[0]!r}; expected some of {'+'.join(AUGMENTATIONS)}")
     for name, choices in dict(mode=MODES, precision=PRECISIONS, class_weight=('balanced', '')).items():
-        if getattr(config, name) not in choices: raise InputError(f"{name} is {getattr(config, name)!r}; expected one of {', '.join(filter(None, choices))}")
+        value, known = getattr(config, name), ', '.join(filter(None, choices))
+        if value not in choices: raise InputError(f"{name} is {value!r}; expected one of {known}")
     for name in ('num_frames', 'num_windows', 'batch_size', 'accumulate', 'epochs', 'rank', 'keep'):
         if getattr(config, name) < 1: raise InputError(f"{name} is {getattr(config, name)}; expected 1 or more")
-    if config.accumulate > config.batch_size: raise InputError(f"accumulate is {config.accumulate}, more than the batch_size of {config.batch_size} clips; a piece holds one clip or more")
-    if not config.pretrained and config.mode != 'full': raise InputError(f"pretrained '' gives random weights, which only mode full stores; mode is {config.mode!r}")
+    if config.accumulate > config.batch_size:
+        raise InputError(f"accumulate is {config.accumulate}, more than the batch_size of {config.batch_size} clips; "
+                         "a micro-batch holds one clip or more")
+    if not config.pretrained and config.mode != 'full':
+        raise InputError(f"pretrained '' gives random weights, which only mode full stores; mode is {config.mode!r}")
 
-# %% ../nbs/30_finetune.ipynb #2b73939f
+# %% ../nbs/30_finetune.ipynb #2909d8dc
 _TEXT = ('text.', 'transformer.', 'token_embedding.', 'ln_final.', 'positional_embedding', 'text_projection')
 PROJECTIONS = dict(
     image=('visual.proj', 'visual.head.', 'visual.trunk.head.', 'visual.attnpool.c_proj.', 'visual.trunk.attn_pool.'),
@@ -116,22 +122,27 @@ def projection_names(
     names, found = [n for n, _ in model.named_parameters()], {}
     for tower, prefixes in PROJECTIONS.items():
         found[tower] = next((hits for p in prefixes if (hits := [n for n in names if n.startswith(p)])), [])
-        if not found[tower]: raise InputError(f"{type(model).__name__}: no projection in the {tower} tower (looked for {', '.join(prefixes)}); use mode lora or full")
+        if not found[tower]:
+            raise InputError(f"{type(model).__name__}: no projection in the {tower} tower (looked for {', '.join(prefixes)}); "
+                             "use mode lora or full")
     return found
 
-# %% ../nbs/30_finetune.ipynb #a56ebda7
+# %% ../nbs/30_finetune.ipynb #22abb97d
 def lora_targets(
     model: nn.Module, # an open_clip model
     targets: str = 'attention+mlp', # either, or both
 ) -> dict[str, list[str]]: # tower → names of modules
     "Find the layers that adapters can be put on."
     kinds = targets.split('+')
-    if not kinds or set(kinds) - {'attention', 'mlp'}: raise InputError(f"targets is {targets!r}; expected attention, mlp or attention+mlp")
+    if set(kinds) - {'attention', 'mlp'}:
+        raise InputError(f"targets is {targets!r}; expected attention, mlp or attention+mlp")
     found = dict(image=[], text=[])
     for name, module in model.named_modules():
         if tower_of(name) and _kind_of(name, module) in kinds: found[tower_of(name)].append(name)
     for tower, names in found.items():
-        if not names: raise InputError(f"{type(model).__name__}: no {targets} layer in the {tower} tower can take an adapter; use mode projection or full")
+        if not names:
+            raise InputError(f"{type(model).__name__}: no {targets} layer in the {tower} tower can take an adapter; "
+                             "use mode projection or full")
     return found
 
 
@@ -139,25 +150,34 @@ def _kind_of(name, module):
     "attention, mlp, or '' for a layer without adapter."
     parts = name.split('.')
     if isinstance(module, nn.MultiheadAttention): return 'attention' if module._qkv_same_embed_dim else ''
-    if not isinstance(module, nn.Linear) or 'attnpool' in parts or parts[-1] == 'out_proj' and 'resblocks' in parts: return ''
+    packed_out = parts[-1] == 'out_proj' and 'resblocks' in parts  # belongs to its nn.MultiheadAttention
+    if not isinstance(module, nn.Linear) or 'attnpool' in parts or packed_out: return ''
     if 'mlp' in parts or parts[-1] in ('fc1', 'fc2'): return 'mlp'
     return 'attention' if any(p in ('attn', 'attention', 'token_mixer', 'self') for p in parts) else ''
 
-# %% ../nbs/30_finetune.ipynb #8f8cfa26
+# %% ../nbs/30_finetune.ipynb #a291fca9
 def set_trainable(
     model: nn.Module, # an open_clip model; changed in place
     config: FinetuneConfig, # mode, rank, alpha, targets
+    towers: tuple = ('image', 'text'), # that may train
 ):  # the peft model around it for mode lora, else None
     "Freeze a model but for the parameters that a mode trains."
     model.requires_grad_(False)
-    if config.mode == 'lora':
-        from peft import LoraConfig, get_peft_model
-        names = [n for found in lora_targets(model, config.targets).values() for n in found]
-        adapter = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.lora_dropout, target_modules=names))
-        _keep_exact(model)
-        return adapter
-    train = [n for found in projection_names(model).values() for n in found] if config.mode == 'projection' else []
-    for name, parameter in model.named_parameters(): parameter.requires_grad_(name in train or config.mode == 'full' and tower_of(name) != '')
+    if config.mode == 'lora': return _add_adapters(model, config, towers)
+    chosen = projection_names(model) if config.mode == 'projection' else {}
+    chosen = {n for tower in towers for n in chosen.get(tower, [])}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen or config.mode == 'full' and tower_of(name) in towers)
+
+
+def _add_adapters(model, config, towers):
+    from peft import LoraConfig, get_peft_model
+    found = lora_targets(model, config.targets)
+    names = '|'.join(re.escape(n) for tower in towers for n in found[tower])  # a list would match the ends of names
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.lora_dropout, target_modules=names)
+    adapter = get_peft_model(model, settings)
+    _keep_exact(model)
+    return adapter
 
 
 def _keep_exact(model):
@@ -166,7 +186,8 @@ def _keep_exact(model):
     for layer in [m for m in model.modules() if isinstance(m, MultiheadAttention)]:
         attention = layer.get_base_layer()
         out = attention.out_proj.get_base_layer()
-        def put_back(*_, attention=attention, out=out, packed=attention.in_proj_weight, last=out.weight): attention.in_proj_weight, out.weight = packed, last
+        def put_back(*_, attention=attention, out=out, packed=attention.in_proj_weight, last=out.weight):
+            attention.in_proj_weight, out.weight = packed, last
         layer.register_forward_hook(put_back)
 
 
@@ -177,7 +198,7 @@ def trainable_parameters(
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     return {tower: [n for n in names if tower_of(n) == tower] for tower in ('image', 'text')}
 
-# %% ../nbs/30_finetune.ipynb #278009ac
+# %% ../nbs/30_finetune.ipynb #50008a70
 @dataclass
 class ClipData:
     "Clips as a fine-tuning sees them: frames, texts, labels."
@@ -189,15 +210,23 @@ class ClipData:
     windows: list[list[str]] # texts of each clip; []: none
     label_names: list[str]
     hashes: np.ndarray | None = None # sha256 of the videos, str, (N,)
+    times: np.ndarray | None = None # where clips start and end in them (s), float, (N, 2)
 
     def __len__(self): return len(self.ids)
+
+    def towers(self, rows) -> tuple:
+        "Towers of a CLIP model that some of these clips have something for."
+        there = dict(image=self.counts[rows].any(), text=any(self.windows[r] for r in rows))
+        return tuple(tower for tower, some in there.items() if some)
 
     def summary(self) -> dict:
         "How many clips, and how many lack something."
         image, text = self.counts > 0, np.array([len(w) > 0 for w in self.windows])
-        return dict(clips=len(self), frames=int(self.counts.sum()), windows=sum(map(len, self.windows)), without_frames=int((~image).sum()), without_text=int((~text).sum()), without_both=int((~image & ~text).sum()))
+        return dict(clips=len(self), frames=int(self.counts.sum()), windows=sum(map(len, self.windows)),
+                    without_frames=int((~image).sum()), without_text=int((~text).sum()),
+                    without_both=int((~image & ~text).sum()))
 
-# %% ../nbs/30_finetune.ipynb #fdc552ed
+# %% ../nbs/30_finetune.ipynb #e127f994
 def cache_frames(
     clips: pd.DataFrame, # clip_id, path, start, end, sha256
     encoder: Encoder, # whose preprocessing is used
@@ -206,31 +235,32 @@ def cache_frames(
     workers: int = 2, # decoding threads
 ) -> tuple: # uint8 (N, T, 3, S, S), mapped from disk; errors by clip, '' for none
     "Decode a few frames of each clip, once."
-    size = encoder.preprocess['size']
-    key = hashlib.sha256(json.dumps([encoder.preprocess, num_frames, table_hash(clips[['clip_id', 'start', 'end', 'sha256']])]).encode()).hexdigest()[:16]
-    file, folder = Path(folder)/f'frames-{key}.npy', Path(folder)
-    if not file.with_suffix('.json').exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder/f'.{file.name}.{os.getpid()}.part'
-        frames = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(clips), num_frames, 3, size, size))
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = pool.map(lambda clip: _evenly(clip, encoder, num_frames), clips.itertuples())
-            errors = [_store_frames(frames, i, *job) for i, job in enumerate(progress(jobs, total=len(clips), desc='frames', unit='clip'))]
-        frames.flush()
-        os.replace(part, file)
-        _write_json(file.with_suffix('.json'), errors)
+    made_of = [encoder.preprocess, num_frames, table_hash(clips[['clip_id', 'start', 'end', 'sha256']])]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    file = Path(folder)/f'frames-{key}.npy'
+    if not file.with_suffix('.json').exists(): _decode_into(file, clips, encoder, num_frames, workers)
     return np.load(file, mmap_mode='r'), json.loads(file.with_suffix('.json').read_text())
+
+
+def _decode_into(file, clips, encoder, num_frames, workers):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part, size = file.with_name(f'.{file.name}.{os.getpid()}.part'), encoder.preprocess['size']
+    frames, errors = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(clips), num_frames, 3, size, size)), []
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = pool.map(lambda clip: _evenly(clip, encoder, num_frames), clips.itertuples())
+        for row, (images, error) in enumerate(progress(jobs, total=len(clips), desc='frames', unit='clip')):
+            if images is not None: frames[row] = images
+            errors.append(error)
+    frames.flush()
+    os.replace(part, file)
+    _write_json(file.with_suffix('.json'), errors)
 
 
 def _evenly(clip, encoder, n):
     "Frames of a clip, evenly spread, and why there are none."
-    try: return preprocess_frames(read_frames(clip.path, sampling='uniform', n=n, start=clip.start, end=clip.end)[0], encoder.preprocess).numpy(), ''
+    try: frames = read_frames(clip.path, sampling='uniform', n=n, start=clip.start, end=clip.end)[0]
     except InputError as e: return None, str(e)
-
-
-def _store_frames(frames, row, images, error):
-    if images is not None: frames[row] = images
-    return error
+    return preprocess_frames(frames, encoder.preprocess).numpy(), ''
 
 
 def _write_json(path, content):
@@ -238,7 +268,7 @@ def _write_json(path, content):
     part.write_text(json.dumps(content, indent=1), encoding='utf-8')
     os.replace(part, path)
 
-# %% ../nbs/30_finetune.ipynb #20c3958d
+# %% ../nbs/30_finetune.ipynb #8f3dfc7e
 def read_clip_data(
     run_dir: str | Path, # holds clips.parquet and transcripts.parquet; gets finetune/frames-….npy
     encoder: Encoder, # whose preprocessing and tokenizer are used
@@ -253,12 +283,15 @@ def read_clip_data(
     frames, errors = cache_frames(clips, encoder, run/'finetune', num_frames, workers)
     check_failures(pd.Series(errors, dtype=object), f'30_finetune, frames of {run}', max_failed)
     segments = [list(transcripts.segments[c]) if c in transcripts.index else [] for c in clips.clip_id]
-    windows = [[w['text'] for w in text_windows(s, encoder.tokenizer, encoder.context_length, overlap)] for s in segments]
+    windows = [text_windows(s, encoder.tokenizer, encoder.context_length, overlap) for s in segments]
     names = clips.groupby('label').label_name.first().to_dict()
-    return ClipData(clips.clip_id.values.astype(str), clips.video_id.values.astype(str), clips.label.values.astype(int), frames, np.array([0 if e else num_frames for e in errors]),
-                    windows, [names.get(i, str(i)) for i in range(max(names) + 1)], clips.sha256.values.astype(str))
+    return ClipData(
+        ids=clips.clip_id.values.astype(str), videos=clips.video_id.values.astype(str), labels=clips.label.values.astype(int),
+        frames=frames, counts=np.array([0 if e else num_frames for e in errors]), windows=[[w['text'] for w in ws] for ws in windows],
+        label_names=[names.get(i, str(i)) for i in range(max(names) + 1)], hashes=clips.sha256.values.astype(str),
+        times=clips[['start', 'end']].values)
 
-# %% ../nbs/30_finetune.ipynb #04867cce
+# %% ../nbs/30_finetune.ipynb #870cbca1
 def augment_frames(
     images: Tensor, # uint8, shape (K, 3, S, S)
     names: str, # some of AUGMENTATIONS, joined by +
@@ -266,8 +299,8 @@ def augment_frames(
 ) -> Tensor: # uint8, shape (K, 3, S, S)
     "Crop, flip, colour and rotate the frames of a clip, all alike."
     from torchvision.transforms import InterpolationMode, v2
-    size, bilinear = images.shape[-1], InterpolationMode.BILINEAR
-    steps = dict(crop=v2.RandomResizedCrop(size, scale=(.8, 1.), antialias=True), flip=v2.RandomHorizontalFlip(), color=v2.ColorJitter(.2, .2, .2, .02), rotate=v2.RandomRotation(10, interpolation=bilinear))
+    steps = dict(crop=v2.RandomResizedCrop(images.shape[-1], scale=(.8, 1.), antialias=True), flip=v2.RandomHorizontalFlip(),
+                 color=v2.ColorJitter(.2, .2, .2, .02), rotate=v2.RandomRotation(10, interpolation=InterpolationMode.BILINEAR))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in filter(None, names.split('+')): images = steps[name](images)
@@ -288,7 +321,7 @@ def mask_words(
     hit = lambda word: (not known or word.lower() in known) and rng.random() < rate
     return re.sub(r"\w[\w'-]*", lambda m: MASKED if hit(m.group()) else m.group(), text)
 
-# %% ../nbs/30_finetune.ipynb #3f9a2265
+# %% ../nbs/30_finetune.ipynb #4b5f2928
 def pick_rows(
     total: int, # that there are
     wanted: int, # at most
@@ -296,41 +329,53 @@ def pick_rows(
 ) -> np.ndarray: # int, sorted, shape (min(total, wanted),)
     "Choose frames or windows of a clip."
     if total <= wanted: return np.arange(total)
-    return np.sort(rng.choice(total, wanted, replace=False)) if rng else ((np.arange(wanted) + .5)*total/wanted).astype(int)
+    if rng is None: return ((np.arange(wanted) + .5)*total/wanted).astype(int)
+    return np.sort(rng.choice(total, wanted, replace=False))
+
+
+def draw_clip(
+    data: ClipData,
+    row: int,
+    config: FinetuneConfig, # num_frames, num_windows, augment, mask_rate, keywords, seed
+    epoch: int | None = None, # decides what is drawn; None: nothing is, to score
+) -> tuple[Tensor, list[str]]: # frames, uint8 (K, 3, S, S); texts
+    "Draw a clip's frames and windows for a step."
+    rng = None if epoch is None else np.random.default_rng([config.seed, epoch, int(row)])
+    frames = torch.from_numpy(np.array(data.frames[row][pick_rows(data.counts[row], config.num_frames, rng)]))
+    texts = [data.windows[row][i] for i in pick_rows(len(data.windows[row]), config.num_windows, rng)]
+    if rng and config.augment and len(frames): frames = augment_frames(frames, config.augment, int(rng.integers(1 << 31)))
+    if rng and config.mask_rate: texts = [mask_words(t, config.mask_rate, config.keywords, rng) for t in texts]
+    return frames, texts
+
+# %% ../nbs/30_finetune.ipynb #84df00c0
+def make_batch(
+    data: ClipData,
+    rows: np.ndarray, # clips, int, shape (B,)
+    weight: np.ndarray, # of each in the loss, float32, shape (B,)
+    config: FinetuneConfig, # what is drawn
+    tokenizer, # of an Encoder
+    epoch: int | None = None, # decides what is drawn; None: nothing is, to score
+) -> dict[str, Tensor]: # image, text; the clip of each and its weight there; has_image, has_text, label, weight
+    "Gather a batch of clips."
+    drawn = [draw_clip(data, row, config, epoch) for row in rows]
+    stacks = dict(image=([frames for frames, _ in drawn], torch.zeros(1, *data.frames.shape[2:], dtype=torch.uint8)),
+                  text=([tokenizer(texts) if texts else [] for _, texts in drawn], tokenizer([''])))
+    batch = dict(label=torch.as_tensor(data.labels[rows]), weight=torch.as_tensor(weight, dtype=torch.float32))
+    for name, (items, empty) in stacks.items():
+        batch[f'has_{name}'] = torch.tensor([len(x) > 0 for x in items])
+        batch[name], batch[f'{name}_clip'], batch[f'{name}_weight'] = _stack(items, empty)
+    return batch
 
 
 def _stack(items, empty):
-    "One stack of all clips' rows: rows, clip of each, share of each; a row of share 0 where there is none."
+    "All clips' rows in one stack, with the clip and the weight in its mean of each; where there are none, one of weight 0."
     lengths = [len(x) for x in items]
     if not sum(lengths): return empty, torch.zeros(1, dtype=torch.long), torch.zeros(1)
     rows = torch.cat([torch.as_tensor(x) for x in items if len(x)])
     clip = torch.repeat_interleave(torch.arange(len(items)), torch.tensor(lengths))
     return rows, clip, torch.cat([torch.full((n,), 1/n) for n in lengths if n])
 
-
-def make_batch(
-    data: ClipData,
-    rows: np.ndarray, # clips, int, shape (B,)
-    weight: np.ndarray, # of each in the loss, float32, shape (B,)
-    config: FinetuneConfig, # num_frames, num_windows, augment, mask_rate, keywords, seed
-    tokenizer, # of an Encoder
-    epoch: int | None = None, # decides what is drawn; None: nothing is, to score
-) -> dict[str, Tensor]: # images, tokens; their clip and share; has_image, has_text, label, weight
-    "Gather a batch of clips."
-    images, tokens = [], []
-    for row in rows:
-        rng = None if epoch is None else np.random.default_rng([config.seed, epoch, int(row)])
-        frames = torch.from_numpy(np.array(data.frames[row][pick_rows(data.counts[row], config.num_frames, rng)]))
-        texts = [data.windows[row][i] for i in pick_rows(len(data.windows[row]), config.num_windows, rng)]
-        if rng and config.augment and len(frames): frames = augment_frames(frames, config.augment, int(rng.integers(1 << 31)))
-        if rng and config.mask_rate: texts = [mask_words(t, config.mask_rate, config.keywords, rng) for t in texts]
-        images.append(frames); tokens.append(tokenizer(texts) if texts else [])
-    batch = dict(has_image=torch.tensor([len(x) > 0 for x in images]), has_text=torch.tensor([len(x) > 0 for x in tokens]), label=torch.as_tensor(data.labels[rows]), weight=torch.as_tensor(weight, dtype=torch.float32))
-    for name, items, empty in (('image', images, torch.zeros(1, *data.frames.shape[2:], dtype=torch.uint8)), ('text', tokens, tokenizer(['']))):
-        batch[name], batch[f'{name}_clip'], batch[f'{name}_share'] = _stack(items, empty)
-    return batch
-
-# %% ../nbs/30_finetune.ipynb #7e309ee9
+# %% ../nbs/30_finetune.ipynb #80cad7cd
 class ClipHead(nn.Module):
     "Logits of pooled image and text features."
     def __init__(self, dim, n_classes=2, hidden=128, dropout=.3): # D, C, width, share of hidden units
@@ -341,9 +386,12 @@ class ClipHead(nn.Module):
             self.register_buffer(f'std_{m}', torch.full((dim,), dim**-.5))
         self.hidden, self.dropout, self.out = nn.Linear(3*dim, hidden), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
 
+    def standardise(self, units, m): # (B, D), modality
+        return (units - getattr(self, f'mean_{m}'))/getattr(self, f'std_{m}')
+
     def forward(self, pooled, present): # dicts of (B, D) and bool (B,)
-        a, b = (torch.where(present[m][:, None], (pooled[m] - getattr(self, f'mean_{m}'))/getattr(self, f'std_{m}'), self.absent[m]) for m in self.absent)
-        return self.out(self.dropout(F.relu(self.hidden(torch.cat([a, b, a*b], dim=1)))))
+        image, text = (torch.where(present[m][:, None], self.standardise(pooled[m], m), self.absent[m]) for m in self.absent)
+        return self.out(self.dropout(F.relu(self.hidden(torch.cat([image, text, image*text], dim=1)))))
 
 
 class ClipClassifier(nn.Module):
@@ -351,13 +399,18 @@ class ClipClassifier(nn.Module):
     def __init__(self, encoder, head): # Encoder, ClipHead
         super().__init__()
         self.clip, self.head = encoder.model, head
-        for k in ('mean', 'std'): self.register_buffer(f'pixel_{k}', torch.tensor(encoder.preprocess[k]).view(1, 3, 1, 1)*255, persistent=False)
+        for k in ('mean', 'std'):
+            self.register_buffer(f'pixel_{k}', torch.tensor(encoder.preprocess[k]).view(1, 3, 1, 1)*255, persistent=False)
 
     def pool(self, batch): # → dict of unit vectors (B, D)
         "Mean of each clip's unit vectors, as a unit vector."
-        units = dict(image=self.clip.encode_image((batch['image'].float() - self.pixel_mean)/self.pixel_std, normalize=True), text=self.clip.encode_text(batch['text'], normalize=True))
-        zeros = lambda u: torch.zeros(len(batch['label']), u.shape[1], device=u.device)
-        return {m: F.normalize(zeros(u).index_add(0, batch[f'{m}_clip'], u.float()*batch[f'{m}_share'][:, None]), dim=1) for m, u in units.items()}
+        pixels = (batch['image'].float() - self.pixel_mean)/self.pixel_std
+        units = dict(image=self.clip.encode_image(pixels, normalize=True), text=self.clip.encode_text(batch['text'], normalize=True))
+        return {m: F.normalize(self._mean(u.float(), m, batch), dim=1) for m, u in units.items()}
+
+    def _mean(self, units, m, batch):
+        zeros = torch.zeros(len(batch['label']), units.shape[1], device=units.device)
+        return zeros.index_add(0, batch[f'{m}_clip'], units*batch[f'{m}_weight'][:, None])
 
     def forward(self, batch): # → logits (B, C), pooled features
         pooled = self.pool(batch)
@@ -388,22 +441,25 @@ def clip_batch_loss(
     from open_clip.loss import ClipLoss
     return loss + contrastive*batch['weight'].sum()*ClipLoss()(pooled['image'][both], pooled['text'][both], logit_scale)
 
-# %% ../nbs/30_finetune.ipynb #04d6d73e
+# %% ../nbs/30_finetune.ipynb #2a07c978
 def plan_epoch(
     train: np.ndarray, # rows of the training part, int
     weights: np.ndarray, # of each clip of the data, float32, shape (N,)
     config: FinetuneConfig, # batch_size, accumulate, seed
     epoch: int,
-    processes: int = 1, # that share the work
-) -> list[list[tuple]]: # steps; each with accumulate × processes pieces of rows and weights
-    "Shuffle an epoch and cut it into steps and pieces."
-    order, pieces, steps = np.random.default_rng([config.seed, epoch]).permutation(train), config.accumulate*processes, []
-    for i in range(0, len(order), config.batch_size):
-        rows = order[i:i + config.batch_size]
-        share = weights[rows]/weights[rows].sum()
-        if len(rows) < pieces: rows, share = np.resize(rows, pieces), np.append(share, np.zeros(pieces - len(rows), share.dtype))
-        steps.append(list(zip(np.array_split(rows, pieces), np.array_split(share, pieces))))
-    return steps
+    processes: int = 1, # that divide the work
+) -> list[list[tuple]]: # steps; each with accumulate × processes micro-batches of rows and weights
+    "Shuffle an epoch and cut it into steps and micro-batches."
+    order, parts = np.random.default_rng([config.seed, epoch]).permutation(train), config.accumulate*processes
+    return [_cut(order[i:i + config.batch_size], weights, parts) for i in range(0, len(order), config.batch_size)]
+
+
+def _cut(rows, weights, parts):
+    "Micro-batches of a step, whose weights sum to 1; where clips are too few, some come again with weight 0."
+    weight = weights[rows]/weights[rows].sum()
+    short = parts - len(rows)
+    if short > 0: rows, weight = np.resize(rows, parts), np.append(weight, np.zeros(short, weight.dtype))
+    return list(zip(np.array_split(rows, parts), np.array_split(weight, parts)))
 
 # %% ../nbs/30_finetune.ipynb #0935aab3
 def lr_factor(
@@ -415,44 +471,51 @@ def lr_factor(
     warm = round(warmup*steps)
     return (step + 1)/warm if step < warm else .5*(1 + math.cos(math.pi*(step - warm)/max(1, steps - warm)))
 
-# %% ../nbs/30_finetune.ipynb #cfea1363
+# %% ../nbs/30_finetune.ipynb #116fee03
 def make_optimizer(
     model: ClipClassifier, # after `set_trainable`
     config: FinetuneConfig, # lr, head_lr, weight_decay, mode
 ) -> torch.optim.AdamW: # groups `encoder`, `encoder, no decay` and `head`
     "AdamW over what trains; vectors do not decay."
-    encoder, lr = [p for p in model.clip.parameters() if p.requires_grad], config.lr or LR[config.mode]*128/len(model.head.absent['image'])
-    groups = [dict(params=[p for p in encoder if p.ndim > 1], lr=lr, weight_decay=config.weight_decay), dict(params=[p for p in encoder if p.ndim < 2], lr=lr, weight_decay=0.),
+    encoder = [p for p in model.clip.parameters() if p.requires_grad]
+    lr = config.lr or LR[config.mode]*128/len(model.head.absent['image'])
+    groups = [dict(params=[p for p in encoder if p.ndim > 1], lr=lr, weight_decay=config.weight_decay),
+              dict(params=[p for p in encoder if p.ndim < 2], lr=lr, weight_decay=0.),
               dict(params=list(model.head.parameters()), lr=config.head_lr, weight_decay=config.weight_decay)]
     return torch.optim.AdamW([dict(g, peak=g['lr']) for g in groups if g['params']])
 
-# %% ../nbs/30_finetune.ipynb #4db012b8
+# %% ../nbs/30_finetune.ipynb #e34bd432
 def save_checkpoint(
     folder: str | Path, # appears whole
     model: ClipClassifier,
     adapter, # the peft model of mode lora, else None
-    info: dict, # what config.json is to say
+    info: dict, # what config.json is to say; its `mode` decides what is written
 ) -> Path: # `folder`
     "Write what was trained, and where it comes from."
-    from safetensors.torch import save_file
     folder = Path(folder)
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = lambda items: {n: t.detach().cpu().contiguous() for n, t in items}
-    save_file(tensors(model.head.state_dict().items()), part/'head.safetensors')
+    _save_tensors(part/'head.safetensors', model.head.state_dict())
     if adapter is not None:
         from peft import get_peft_model_state_dict
-        save_file(tensors(get_peft_model_state_dict(adapter).items()), part/'adapter_model.safetensors')
+        _save_tensors(part/'adapter_model.safetensors', get_peft_model_state_dict(adapter))
         adapter.peft_config['default'].save_pretrained(part)
-    elif any(p.requires_grad for p in model.clip.parameters()):
-        save_file(tensors((n, p) for n, p in model.clip.named_parameters() if p.requires_grad), part/'encoder.safetensors')
+    elif info['mode'] != 'head':
+        whole = info['mode'] == 'full'  # with a tower that did not train: random weights are nowhere else
+        _save_tensors(part/'encoder.safetensors',
+                      {n: p for n, p in model.clip.named_parameters() if p.requires_grad or whole and tower_of(n)})
     _write_json(part/'config.json', dict(info, kind=FINETUNED, files={f.name: file_sha256(f) for f in sorted(part.iterdir())}))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     return folder
 
-# %% ../nbs/30_finetune.ipynb #cde89b12
+
+def _save_tensors(file, tensors, metadata=None):
+    from safetensors.torch import save_file
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file, metadata)
+
+# %% ../nbs/30_finetune.ipynb #aa4abced
 def find_checkpoint(
     path: str | Path, # a checkpoint, or a folder of several
 ) -> Path: # the checkpoint, or the best by validation loss
@@ -460,14 +523,18 @@ def find_checkpoint(
     path = Path(path)
     if (path/'config.json').is_file(): return path  # of a finished fine-tuning: its best
     kept = {c.parent: _read_json(c).get('val_loss', math.inf) for c in sorted(path.glob('epoch_*/config.json'))}
-    if not kept: raise InputError(f"{path}: no fine-tuned checkpoint there (no config.json, no epoch_*/config.json); run the stage 30_finetune")
+    if not kept:
+        raise InputError(f"{path}: no fine-tuned checkpoint there (no config.json, no epoch_*/config.json); "
+                         "run the stage 30_finetune")
     return min(kept, key=kept.get)
 
 
 def _read_json(path):
     try: content = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, UnicodeDecodeError) as e: raise InputError(f"{path}: not JSON ({str(e)[:80]}); delete the folder and fine-tune again") from e
-    if not isinstance(content, dict): raise InputError(f"{path}: holds a {type(content).__name__}; expected the settings of a checkpoint")
+    except (ValueError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not JSON ({str(e)[:80]}); delete the folder and fine-tune again") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}; expected the settings of a checkpoint")
     return content
 
 
@@ -477,38 +544,28 @@ def read_checkpoint(
     "Read what a checkpoint says about itself, and check its files."
     folder = find_checkpoint(path)
     config = _read_json(folder/'config.json')
-    if config.get('kind') != FINETUNED: raise InputError(f"{folder}/config.json: kind is {config.get('kind')!r}, expected {FINETUNED!r}; it is no fine-tuned encoder")
+    if config.get('kind') != FINETUNED:
+        raise InputError(f"{folder}/config.json: kind is {config.get('kind')!r}, expected {FINETUNED!r}; "
+                         "it is no fine-tuned encoder")
     for name, digest in config['files'].items():
-        if not (folder/name).is_file(): raise InputError(f"{folder}/{name}: missing; copy the whole checkpoint, or use another epoch's")
-        if file_sha256(folder/name) != digest: raise InputError(f"{folder}/{name}: damaged (its sha256 is not the one in config.json); copy it again, or use another epoch's")
+        file = folder/name
+        if not file.is_file(): raise InputError(f"{file}: missing; copy the whole checkpoint, or use another epoch's")
+        if file_sha256(file) != digest:
+            raise InputError(f"{file}: damaged (its sha256 is not the one in config.json); copy it again, or use another epoch's")
     return folder, config
 
-# %% ../nbs/30_finetune.ipynb #7b5dc85b
+# %% ../nbs/30_finetune.ipynb #55992d1e
 def load_checkpoint(
     path: str | Path, # a checkpoint, or a folder of several: the best by validation loss
     device: str = 'auto',
-    encoder: str | None = None, # architecture that it must be; None: any
 ) -> Encoder:
     "Load a fine-tuned encoder, checked."
-    folder, config = read_checkpoint(path)
-    if encoder and encoder != config['encoder']: raise InputError(f"{folder}: fine-tuned from {config['encoder']}, not from {encoder}; ask for that encoder, or fine-tune {encoder}")
+    folder, _ = read_checkpoint(path)
     tuned = load_encoder(str(folder), device=device)
     tuned.model.requires_grad_(False)
     return dataclasses.replace(tuned, name=str(path))
 
-
-def _load_tensors(model, file, device='cpu'):
-    "Put a part of a model's tensors in."
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try: tensors = load_file(file, device=device)
-    except (SafetensorError, OSError) as e: raise InputError(f"{file}: not a readable safetensors file ({str(e)[:80]}); copy it again") from e
-    shapes = {n: t.shape for n, t in model.state_dict().items()}
-    wrong = [n for n, t in tensors.items() if shapes.get(n) != t.shape]
-    if wrong: raise InputError(f"{file}: {wrong[0]} is {tuple(tensors[wrong[0]].shape)} there and {tuple(shapes[wrong[0]]) if wrong[0] in shapes else 'absent'} in the model; it belongs to another architecture")
-    model.load_state_dict(tensors, strict=False)
-
-# %% ../nbs/30_finetune.ipynb #a86c2d4a
+# %% ../nbs/30_finetune.ipynb #ab3db5d3
 def seen_by(
     data: ClipData,
     parts: np.ndarray, # train, val or anything else, str, shape (N,)
@@ -516,7 +573,8 @@ def seen_by(
     "What a fine-tuning on these parts sees."
     rows = np.isin(parts, ['train', 'val'])
     hashes = {} if data.hashes is None else dict(sorted(zip(data.videos[rows].tolist(), data.hashes[rows].tolist())))
-    return dict(train=sorted(set(data.videos[parts == 'train'].tolist())), val=sorted(set(data.videos[parts == 'val'].tolist())), sha256=hashes)
+    videos = {part: sorted(set(data.videos[parts == part].tolist())) for part in ('train', 'val')}
+    return dict(videos, sha256=hashes)
 
 
 def audit_checkpoint(
@@ -533,10 +591,13 @@ def audit_checkpoint(
     if clips is not None:
         hashes = set(checkpoint['seen']['sha256'].values()) - {''}
         leaks |= set(clips[clips.sha256.isin(hashes)].video_id) & set(test.video_id)
-    if leaks: raise LeakError(f"fold {fold}: the encoder was fine-tuned on {len(leaks)} of the {len(test)} test videos or their duplicates ({', '.join(sorted(leaks)[:3])}{', …' if len(leaks) > 3 else ''}); use the encoder of this fold")
+    if leaks:
+        some = ', '.join(sorted(leaks)[:3]) + ', …'*(len(leaks) > 3)
+        raise LeakError(f"fold {fold}: the encoder was fine-tuned on {len(leaks)} of the {len(test)} test videos "
+                        f"or their duplicates ({some}); use the encoder of this fold")
     return dict(fold=int(fold), test_videos=len(test), seen_videos=len(seen))
 
-# %% ../nbs/30_finetune.ipynb #563acf64
+# %% ../nbs/30_finetune.ipynb #c9d38f2e
 @dataclass
 class _Session:
     "A fine-tuning under way."
@@ -555,17 +616,21 @@ class _Session:
     val: np.ndarray # rows
     weights: np.ndarray # of each clip, by its class
     workers: int
+    towers: tuple # that have something to train on
+    reached: set = dataclasses.field(default_factory=set) # those of them whose gradient was seen not to be zero
 
     def autocast(self): return torch.autocast(self.device.split(':')[0], self.dtype, enabled=self.dtype != torch.float32)
 
     def load(self, items, epoch=None):
         "Batches of (rows, weights), on the device."
-        loader = DataLoader(_Batches(self, items, epoch), batch_size=None, num_workers=self.workers, pin_memory=self.device.startswith('cuda'))
+        loader = DataLoader(_Batches(self, items, epoch), batch_size=None, num_workers=self.workers,
+                            pin_memory=self.device.startswith('cuda'))
         for batch in loader: yield {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
 
 
 class _Batches(Dataset):
-    def __init__(self, session, items, epoch): self.args, self.items, self.epoch = (session.data, session.config, session.tokenizer), items, epoch
+    def __init__(self, session, items, epoch):
+        self.args, self.items, self.epoch = (session.data, session.config, session.tokenizer), items, epoch
 
     def __len__(self): return len(self.items)
 
@@ -573,46 +638,56 @@ class _Batches(Dataset):
         data, config, tokenizer = self.args
         return make_batch(data, *self.items[i], config, tokenizer, self.epoch)
 
-# %% ../nbs/30_finetune.ipynb #5301b976
+# %% ../nbs/30_finetune.ipynb #8043b2d0
 def pick_precision(
     precision: str, # a name in PRECISIONS
     device: str, # cpu or cuda
 ) -> torch.dtype:
     "Choose the activations' type: bfloat16 on a GPU that has it."
     gpu = device.startswith('cuda')
-    if precision == 'float16' and not gpu: raise InputError(f"precision float16 needs a GPU, device is {device}; use bfloat16 or float32")
+    if precision == 'float16' and not gpu:
+        raise InputError(f"precision float16 needs a GPU, device is {device}; use bfloat16 or float32")
     if precision == 'auto': precision = 'float32' if not gpu else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
     return getattr(torch, precision)
 
 
-def _open_session(data, train, val, config, device, workers):
+def _load_base(config):
+    "The encoder to start from; the seed is for weights that are random."
+    torch.manual_seed(config.seed)
+    return load_encoder(config.encoder, config.pretrained, 'cpu')
+
+
+def _open_session(encoder, data, train, val, config, device, workers):
     "Build model, optimiser and processes."
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.mode == 'full')])
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.mode == 'full')
+    accelerator = Accelerator(mixed_precision='no', kwargs_handlers=[unused])
     device = str(accelerator.device) if accelerator.num_processes > 1 else pick_device(device)
     if device.startswith('cuda'): torch.cuda.reset_peak_memory_stats(device)
-    torch.manual_seed(config.seed)  # also for weights that are random
-    encoder = load_encoder(config.encoder, config.pretrained, device)
-    head = ClipHead(encoder.dim, len(data.label_names), config.hidden, config.dropout).to(device)
+    torch.manual_seed(config.seed)
+    head = ClipHead(encoder.dim, len(data.label_names), config.hidden, config.dropout)
     model, dtype = ClipClassifier(encoder, head).to(device).eval(), pick_precision(config.precision, device)
-    weights = class_weights(data.labels[train], len(data.label_names), config.class_weight)[data.labels]
-    session = _Session(model, model, None, None, torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16), accelerator, device, dtype, config, data, encoder.tokenizer, train, val, weights, workers)
+    session = _Session(
+        model, model, adapter=None, optimizer=None, scaler=torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16),
+        accelerator=accelerator, device=device, dtype=dtype, config=config, data=data, tokenizer=encoder.tokenizer, train=train, val=val,
+        weights=class_weights(data.labels[train], len(data.label_names), config.class_weight)[data.labels],
+        workers=workers, towers=data.towers(train))
     _standardise(session)
-    session.adapter = set_trainable(model.clip, config)
+    session.adapter = set_trainable(model.clip, config, session.towers)
     if config.checkpointing: model.clip.set_grad_checkpointing(True)
-    session.optimizer, session.wrapped = make_optimizer(model, config), accelerator.prepare_model(model, device_placement=False)
-    return session, encoder
+    session.optimizer = make_optimizer(model, config)
+    session.wrapped = accelerator.prepare_model(model, device_placement=False)
+    return session
 
-
+# %% ../nbs/30_finetune.ipynb #960a6f0c
 @torch.no_grad()
 def _standardise(session, most=512):
     "Give the head mean and deviation of the frozen features of some training clips."
-    rows = session.train[pick_rows(len(session.train), most)]
     pooled = []
-    for batch in session.load(_pieces(rows, session.config)):
+    for batch in session.load(_scoring_batches(session.train[pick_rows(len(session.train), most)], session.config)):
         with session.autocast(): units = session.model.pool(batch)
         pooled.append({m: u[batch[f'has_{m}']] for m, u in units.items()})
-    for m in ('image', 'text'):
+    for m in session.towers:
         units = torch.cat([p[m] for p in pooled])
         if len(units) < 2: continue
         std = units.std(0, correction=0)
@@ -620,55 +695,67 @@ def _standardise(session, most=512):
         setattr(session.model.head, f'std_{m}', torch.where(std > 1e-6, std, 1.))
 
 
-def _pieces(rows, config):
-    "Rows to score, in pieces as large as in training."
+def _scoring_batches(rows, config):
+    "Rows and weights of batches as large as the micro-batches of training."
     size = -(-config.batch_size//config.accumulate)
     return [(rows[i:i + size], np.ones(len(rows[i:i + size]), np.float32)) for i in range(0, len(rows), size)]
 
-# %% ../nbs/30_finetune.ipynb #95032848
+# %% ../nbs/30_finetune.ipynb #3b083f92
 def check_gradients(
     model: ClipClassifier, # after a backward pass
+    towers=('image', 'text'), # that had something to learn from
 ):
-    "Raise if a part that is to train got no gradient."
-    for tower, names in trainable_parameters(model.clip).items():
-        parameters = dict(model.clip.named_parameters())
-        if names and not any(parameters[n].grad is not None for n in names): raise InputError(f"{len(names)} parameters of the {tower} tower are to train, such as {names[0]}, and none gets a gradient; this architecture cannot be trained so")
+    "Raise if a tower that is to train gets no gradient, or zeros."
+    parameters, names = dict(model.clip.named_parameters()), trainable_parameters(model.clip)
+    for tower in towers:
+        gradients = [parameters[n].grad for n in names[tower] if parameters[n].grad is not None]
+        if names[tower] and not any(g.any() for g in gradients):
+            raise InputError(f"{len(names[tower])} parameters of the {tower} tower are to train, such as {names[tower][0]}, "
+                             "and none gets a gradient; this architecture cannot be trained so")
 
-
+# %% ../nbs/30_finetune.ipynb #02a2e60f
 def _train_epoch(session, epoch, steps_before, total):
-    "One epoch: mean loss and clips a second."
-    s, config, world = session, session.config, session.accelerator.num_processes
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, epoch, s.accelerator.process_index]).generate_state(1)[0]))
+    "One epoch of steps: their mean loss."
+    s, config, world, rank = session, session.config, session.accelerator.num_processes, session.accelerator.process_index
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, epoch, rank]).generate_state(1)[0]))
     s.model.head.train()
     for name, module in s.model.clip.named_modules():
         if 'lora_dropout' in name: module.train()
-    plan = plan_epoch(s.train, s.weights, config, epoch, world)
-    batches, losses = s.load([step[i] for step in plan for i in range(s.accelerator.process_index, len(step), world)], epoch), []
-    for number, step in enumerate(plan):
-        for group in s.optimizer.param_groups: group['lr'] = group['peak']*lr_factor(steps_before + number, total, config.warmup)
-        losses.append(_step(session, batches, first=steps_before + number == 0))
+    plan, losses = plan_epoch(s.train, s.weights, config, epoch, world), []
+    batches = s.load([step[i] for step in plan for i in range(rank, len(step), world)], epoch)
+    for number in range(len(plan)):
+        factor = lr_factor(steps_before + number, total, config.warmup)
+        for group in s.optimizer.param_groups: group['lr'] = group['peak']*factor
+        losses.append(_step(session, batches))
     return float(np.mean([x.item() for x in losses]))
 
 
-def _step(session, batches, first):
-    "One optimiser step over `accumulate` pieces: its loss."
-    s, config, world, loss_sum = session, session.config, session.accelerator.num_processes, 0.
-    for piece in range(config.accumulate):
-        batch, last = next(batches), piece == config.accumulate - 1
-        with contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped):
-            with s.autocast(): logits, pooled = s.wrapped(batch)
-            loss = clip_batch_loss(logits.float(), pooled, batch, config.contrastive, s.model.clip.logit_scale.exp())
-            s.scaler.scale(loss*world).backward()
-        loss_sum = loss_sum + loss.detach()
-    if first: check_gradients(s.model)
+def _step(session, batches):
+    "One optimiser step over `accumulate` micro-batches: its loss."
+    s, loss, shown = session, 0., set()
+    for i in range(s.config.accumulate):
+        batch, last = next(batches), i == s.config.accumulate - 1
+        with contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped): loss = loss + _backward(s, batch)
+        shown |= {m for m in s.towers if m not in s.reached and (batch[f'has_{m}'] & (batch['weight'] > 0)).any()}
+    check_gradients(s.model, shown)
+    s.reached |= shown
     s.scaler.unscale_(s.optimizer)
-    torch.nn.utils.clip_grad_norm_([p for p in s.model.parameters() if p.requires_grad], config.clip_norm)
+    torch.nn.utils.clip_grad_norm_([p for p in s.model.parameters() if p.requires_grad], s.config.clip_norm)
     s.scaler.step(s.optimizer)
     s.scaler.update()
     s.optimizer.zero_grad()
-    return s.accelerator.reduce(loss_sum, 'sum')
+    return s.accelerator.reduce(loss, 'sum')
 
-# %% ../nbs/30_finetune.ipynb #4637cacd
+
+def _backward(session, batch):
+    "Loss of a micro-batch, after its backward pass."
+    s = session
+    with s.autocast(): logits, pooled = s.wrapped(batch)
+    loss = clip_batch_loss(logits.float(), pooled, batch, s.config.contrastive, s.model.clip.logit_scale.exp())
+    s.scaler.scale(loss*s.accelerator.num_processes).backward()  # accelerate takes the mean over the processes
+    return loss.detach()
+
+# %% ../nbs/30_finetune.ipynb #27409c19
 @torch.no_grad()
 def _score(session, rows):
     "Logits of some clips, float32 (n, C), gathered over the processes."
@@ -676,7 +763,7 @@ def _score(session, rows):
     s = session
     s.model.eval()
     mine, parts = rows[s.accelerator.process_index::s.accelerator.num_processes], []
-    for batch in s.load(_pieces(mine, s.config)):
+    for batch in s.load(_scoring_batches(mine, s.config)):
         with s.autocast(): parts.append(s.model(batch)[0].float().cpu())
     logits = torch.cat(parts).tolist() if parts else []
     found = dict(gather_object(list(zip(mine.tolist(), logits))))
@@ -692,44 +779,63 @@ def _validate(session):
     auroc = roc_auc_score(labels, probs[:, 1]) if probs.shape[1] == 2 else roc_auc_score(labels, probs, multi_class='ovr')
     return dict(val_loss=loss.item(), val_macro_f1=float(f1_score(labels, probs.argmax(1), average='macro')), val_auroc=float(auroc))
 
-# %% ../nbs/30_finetune.ipynb #077f76f2
+# %% ../nbs/30_finetune.ipynb #7a0066dd
 def _save_state(path, session, epoch, history, key):
     "Write tensors and history to one safetensors file, atomically."
-    from safetensors.torch import save_file
     s, tensors = session, {}
     for name, p in s.model.named_parameters():
-        if p.requires_grad: tensors |= {f'model/{name}': p} | {f'optimizer/{name}/{k}': v for k, v in s.optimizer.state[p].items()}
+        if not p.requires_grad: continue
+        tensors |= {f'model/{name}': p} | {f'optimizer/{name}/{k}': v for k, v in s.optimizer.state[p].items()}
     tensors |= {f'model/{name}': b for name, b in s.model.head.named_buffers('head')}
     meta = dict(epoch=epoch, history=history, key=key, scaler=s.scaler.state_dict())
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, dict(hatemm=json.dumps(meta)))
+    _save_tensors(part, tensors, dict(hatemm=json.dumps(meta)))
     os.replace(part, path)
 
 
 def _load_state(path, session, key):
     "Put a saved state back; returns its epoch and history."
-    from safetensors import SafetensorError, safe_open
-    s = session
-    try:
-        with safe_open(path, 'pt', device=s.device) as f:
-            meta, tensors = json.loads(f.metadata()['hatemm']), {n: f.get_tensor(n) for n in f.keys()}
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e: raise InputError(f"{path}: damaged, cannot be resumed ({str(e)[:80]}); delete it to start again") from e
+    meta, tensors = _read_state(path, session.device)
     _same_key(path.parent, meta['key'], key)
-    own = dict(s.model.named_parameters()) | dict(s.model.named_buffers())
+    own = dict(session.model.named_parameters()) | dict(session.model.named_buffers())
     with torch.no_grad():
         for name, t in tensors.items():
             kind, name, *k = name.split('/')
             if kind == 'model': own[name].copy_(t)
-            else: s.optimizer.state[own[name]][k[0]] = t.cpu() if k[0] == 'step' else t
-    if meta['scaler']: s.scaler.load_state_dict(meta['scaler'])
+            else: session.optimizer.state[own[name]][k[0]] = t.cpu() if k[0] == 'step' else t
+    if meta['scaler']: session.scaler.load_state_dict(meta['scaler'])
     return meta['epoch'], meta['history']
+
+
+def _read_state(path, device):
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt', device=device) as f:
+            return json.loads(f.metadata()['hatemm']), {n: f.get_tensor(n) for n in f.keys()}
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+        raise InputError(f"{path}: damaged, cannot be resumed ({str(e)[:80]}); delete it to start again") from e
+
+# %% ../nbs/30_finetune.ipynb #52199946
+def _key(data, train, val, config, encoder):
+    "What a result depends on."
+    rows = np.r_[train, val]
+    digest = lambda *parts: hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    at = lambda column: None if column is None else column[rows].tolist()
+    free = {'checkpointing', 'keep'} | (set() if config.contrastive else {'accumulate'})
+    pixels = at(data.hashes) or hashlib.sha256(np.ascontiguousarray(data.frames[rows])).hexdigest()
+    return dict({k: v for k, v in dataclasses.asdict(config).items() if k not in free}, keywords=list(config.keywords),
+                base_sha256=encoder.weights_sha256[:16], clips=digest(at(data.ids), at(data.labels), len(train)),
+                frames=digest(pixels, at(data.times), at(data.counts), data.frames.shape[1:], encoder.preprocess),
+                texts=digest([data.windows[r] for r in rows]))
 
 
 def _same_key(folder, there, asked):
     differs = [f"{k} {there.get(k)!r} there, {v!r} asked for" for k, v in asked.items() if there.get(k) != v]
-    if differs: raise InputError(f"{folder}: holds a fine-tuning made otherwise ({'; '.join(differs)[:300]}); use another folder, or delete this one")
+    if differs:
+        raise InputError(f"{folder}: holds a fine-tuning made otherwise ({'; '.join(differs)[:300]}); "
+                         "use another folder, or delete this one")
 
-# %% ../nbs/30_finetune.ipynb #76894ffd
+# %% ../nbs/30_finetune.ipynb #3c6a5d67
 @contextlib.contextmanager
 def memory_advice(
     config: FinetuneConfig,
@@ -738,9 +844,15 @@ def memory_advice(
     try: yield
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and not re.search(r'not enough memory|alloc.{0,20}memory', str(e)): raise
-        more = config.accumulate*2
-        way = f"accumulate={more} gives the same gradient with half the memory" if more <= config.batch_size else "a smaller num_frames needs less"
-        raise InputError(f"out of memory with batch_size {config.batch_size} in {config.accumulate} pieces, {config.num_frames} frames a clip, mode {config.mode}; {way}{'' if config.checkpointing else ', checkpointing=True stores fewer activations'}") from e
+        raise InputError(f"out of memory with batch_size {config.batch_size} in {config.accumulate} micro-batches, "
+                         f"{config.num_frames} frames a clip, mode {config.mode}; {_ways_to_save(config)}") from e
+
+
+def _ways_to_save(config):
+    more = config.accumulate*2
+    way = f"accumulate={more} needs half the memory and gives the same gradient{', but for the contrastive loss'*bool(config.contrastive)}"
+    if more > config.batch_size: way = "a smaller num_frames needs less"
+    return way + ('' if config.checkpointing else ', checkpointing=True stores fewer activations')
 
 
 def check_parts(
@@ -752,10 +864,12 @@ def check_parts(
     rows = [np.flatnonzero(parts == p) for p in ('train', 'val')]
     for part, found in zip(('train', 'val'), rows):
         missing = [n for i, n in enumerate(data.label_names) if i not in data.labels[found]]
-        if missing: raise InputError(f"{name}: no clip of the {part} part is labelled {missing[0]}; deal the folds again, stratified")
+        if missing:
+            raise InputError(f"{name}: no clip of the {part} part is labelled {missing[0]}; deal the folds again, stratified")
+    if not data.towers(rows[0]): raise InputError(f"{name}: no clip of the train part has frames or text; there is nothing to learn from")
     return tuple(rows)
 
-# %% ../nbs/30_finetune.ipynb #5cc3ca4c
+# %% ../nbs/30_finetune.ipynb #203921ea
 @dataclass
 class Finetuned:
     "A finished fine-tuning."
@@ -763,21 +877,24 @@ class Finetuned:
     history: pd.DataFrame # a row an epoch: losses, metrics, lr, seconds, clips and images a second, memory
     data: dict # the summary of what it was made from
     parameters: dict # trained numbers by tower
+    untrained: list # towers that had nothing to train on
+    found: bool = False # was it finished before?
 
     def summary(self) -> dict:
-        "One row for a table."
+        "One row for a table; seconds are those of the training, whenever that was."
         h = self.history
         best = h.loc[h.val_loss.idxmin()]
-        return dict(epochs=len(h), best_epoch=int(best.epoch), val_loss=best.val_loss, val_macro_f1=best.val_macro_f1, val_auroc=best.val_auroc, seconds=h.seconds.sum(), images_per_s=h.images_per_s.median(), memory_mb=h.memory_mb.max())
+        return dict(epochs=len(h), best_epoch=int(best.epoch), **best[['val_loss', 'val_macro_f1', 'val_auroc']],
+                    seconds=h.seconds.sum(), images_per_s=h.images_per_s.median(), memory_mb=h.memory_mb.max())
 
 
 def _memory_mb(device):
-    "Peak memory of the GPU, or the process's memory."
+    "On a GPU the most that was allocated; on a CPU what the process holds now, with all that it holds beside the model."
     if device.startswith('cuda'): return torch.cuda.max_memory_allocated(device)/2**20
     import psutil
     return psutil.Process().memory_info().rss/2**20
 
-# %% ../nbs/30_finetune.ipynb #325f25ff
+# %% ../nbs/30_finetune.ipynb #af4b6183
 def finetune(
     data: ClipData,
     parts: np.ndarray, # train, val or anything else, str, shape (N,); the rest is not touched
@@ -792,56 +909,81 @@ def finetune(
     "Fine-tune an encoder on clips; the best epoch by validation loss is what counts."
     folder, info = Path(folder), info or {}
     train, val = check_parts(data, parts, f"fold {info['fold']}" if 'fold' in info else 'the split')
-    seen = seen_by(data, parts)
-    key = dict(dataclasses.asdict(config), keywords=list(config.keywords), clips=hashlib.sha256(json.dumps([data.ids[np.r_[train, val]].tolist(), data.labels[np.r_[train, val]].tolist(), len(train)]).encode()).hexdigest()[:16])
-    if (folder/'history.json').exists():
-        done = _read_json(folder/'history.json')
-        _same_key(folder, done['key'], key)
-        return Finetuned(folder, pd.DataFrame(done['history']), done['data'], done['parameters'])
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(), memory_advice(config):
-        session, encoder = _open_session(data, train, val, config, device, workers)
-        about = dict(_about(session, encoder, key), **info, seen=seen)
+        encoder = _load_base(config)
+        key = _key(data, train, val, config, encoder)
+        if (folder/'history.json').exists(): return _read_finished(folder, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        session = _open_session(encoder, data, train, val, config, device, workers)
+        about = dict(_about(session, encoder), **info, seen=seen_by(data, parts))
         with _logger(log_dir, session) as log: history = _fit(session, folder, key, about, log, on_epoch)
-    done = dict(key=key, history=history, data=data.summary(), parameters=about['parameters'])
+    done = dict(key=key, history=history, data=data.summary(), **{k: about[k] for k in ('parameters', 'untrained')})
     if session.accelerator.is_main_process:
         _publish(find_checkpoint(folder), folder)
         _write_json(folder/'history.json', done)
         (folder/'state.safetensors').unlink(missing_ok=True)
     session.accelerator.wait_for_everyone()
-    return Finetuned(folder, pd.DataFrame(history), done['data'], done['parameters'])
+    return Finetuned(folder, pd.DataFrame(history), done['data'], done['parameters'], done['untrained'])
 
 
-def _about(session, encoder, key):
+def _read_finished(folder, key):
+    done = _read_json(folder/'history.json')
+    _same_key(folder, done['key'], key)
+    return Finetuned(folder, pd.DataFrame(done['history']), done['data'], done['parameters'], done['untrained'], found=True)
+
+
+def _about(session, encoder):
     "What config.json says of every checkpoint of a fine-tuning."
     from hatemm_clip import __version__
-    shapes = dict(session.model.clip.named_parameters())
-    parameters = {tower: sum(shapes[n].numel() for n in names) for tower, names in trainable_parameters(session.model.clip).items()}
-    return dict(format=1, version=__version__, encoder=encoder.name, pretrained=encoder.pretrained, mode=key['mode'], base_sha256=encoder.weights_sha256, preprocess=encoder.preprocess, dim=encoder.dim,
-                label_names=session.data.label_names, parameters=parameters, config=key)
+    s, names, shapes = session, trainable_parameters(session.model.clip), dict(session.model.clip.named_parameters())
+    return dict(format=1, version=__version__, encoder=encoder.name, pretrained=encoder.pretrained, mode=s.config.mode,
+                base_sha256=encoder.weights_sha256, preprocess=encoder.preprocess, dim=encoder.dim, label_names=s.data.label_names,
+                parameters={tower: sum(shapes[n].numel() for n in found) for tower, found in names.items()},
+                untrained=[tower for tower in names if tower not in s.towers], config=dataclasses.asdict(s.config))
 
-# %% ../nbs/30_finetune.ipynb #bb10db07
+# %% ../nbs/30_finetune.ipynb #c1496ffd
 def _fit(session, folder, key, about, log, on_epoch):
     "The epochs: train, validate, keep the best few, save the state."
     s, config, state = session, session.config, folder/'state.safetensors'
     epoch, history = _load_state(state, s, key) if state.exists() else (0, [])
-    steps, main = -(-len(s.train)//config.batch_size), s.accelerator.is_main_process
-    images = int(np.minimum(s.data.counts[s.train], config.num_frames).sum())
+    main = s.accelerator.is_main_process
     if main: _sweep(folder)
     while epoch < config.epochs and not _stale(history, config.patience):
-        epoch, began = epoch + 1, time.perf_counter()
-        loss = _train_epoch(s, epoch, (epoch - 1)*steps, config.epochs*steps)
-        took = time.perf_counter() - began
-        row = dict(epoch=epoch, train_loss=loss, **_validate(s), lr=s.optimizer.param_groups[0]['lr'], seconds=time.perf_counter() - began, clips_per_s=len(s.train)/took, images_per_s=images/took, memory_mb=_memory_mb(s.device))
+        epoch += 1
+        row = _epoch(s, epoch)
         history = [*history, row]
         if main:
-            save_checkpoint(folder/f'epoch_{epoch:03d}', s.model, s.adapter, dict(about, **{k: row[k] for k in ('epoch', 'val_loss', 'val_macro_f1', 'val_auroc')}))
+            scores = {k: row[k] for k in ('epoch', 'val_loss', 'val_macro_f1', 'val_auroc')}
+            save_checkpoint(folder/f'epoch_{epoch:03d}', s.model, s.adapter, dict(about, **scores))
             _prune(folder, history, config.keep)
             _save_state(state, s, epoch, history, key)
             log(row)
             if on_epoch: on_epoch(row)
         s.accelerator.wait_for_everyone()
     return history
+
+
+def _epoch(session, epoch):
+    "Train and validate: a row of the history."
+    s, began, steps = session, time.perf_counter(), -(-len(session.train)//session.config.batch_size)
+    loss = _train_epoch(s, epoch, (epoch - 1)*steps, s.config.epochs*steps)
+    took = time.perf_counter() - began
+    images = int(np.minimum(s.data.counts[s.train], s.config.num_frames).sum())
+    return dict(epoch=epoch, train_loss=loss, **_validate(s), lr=s.optimizer.param_groups[0]['lr'],
+                seconds=time.perf_counter() - began, clips_per_s=len(s.train)/took, images_per_s=images/took,
+                memory_mb=_memory_mb(s.device))
+
+
+def _stale(history, patience):
+    "Has the validation loss not improved for `patience` epochs?"
+    return bool(history) and len(history) - 1 - int(np.argmin([h['val_loss'] for h in history])) >= patience
+
+# %% ../nbs/30_finetune.ipynb #a219b1d4
+def _prune(folder, history, keep):
+    "Remove all checkpoints but the best few."
+    ranked = sorted(history, key=lambda h: h['val_loss'])[:keep]
+    for path in folder.glob('epoch_*'):
+        if path.name not in {f"epoch_{h['epoch']:03d}" for h in ranked}: shutil.rmtree(path)
 
 
 def _publish(best, folder):
@@ -857,49 +999,18 @@ def _sweep(folder):
     for part in folder.glob('.*.part'): shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def _stale(history, patience):
-    "Has the validation loss not improved for `patience` epochs?"
-    return bool(history) and len(history) - 1 - int(np.argmin([h['val_loss'] for h in history])) >= patience
-
-
-def _prune(folder, history, keep):
-    "Remove all checkpoints but the best few."
-    ranked = sorted(history, key=lambda h: h['val_loss'])[:keep]
-    for path in folder.glob('epoch_*'):
-        if path.name not in {f"epoch_{h['epoch']:03d}" for h in ranked}: shutil.rmtree(path)
-
-
 @contextlib.contextmanager
 def _logger(log_dir, session):
     "A function that logs a row of the history, to TensorBoard on demand."
     if log_dir is None or not session.accelerator.is_main_process: yield lambda row: None
     else:
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise InputError(f"log_dir {log_dir}: TensorBoard is not installed; `pip install tensorboard`, or leave log_dir out") from e
-        with SummaryWriter(str(log_dir)) as writer: yield lambda row: [writer.add_scalar(k, v, row['epoch']) for k, v in row.items() if k != 'epoch']
+        except ImportError as e:
+            raise InputError(f"log_dir {log_dir}: TensorBoard is not installed; `pip install tensorboard`, or leave log_dir out") from e
+        with SummaryWriter(str(log_dir)) as writer:
+            yield lambda row: [writer.add_scalar(k, v, row['epoch']) for k, v in row.items() if k != 'epoch']
 
-# %% ../nbs/30_finetune.ipynb #3cf47766
-def predict_clips(
-    path: str | Path, # a checkpoint, or a folder of several
-    data: ClipData,
-    rows: np.ndarray | None = None, # int; None: all
-    device: str = 'auto',
-    batch_size: int = 16, # clips a forward pass
-) -> np.ndarray: # probabilities, float64, shape (n, C)
-    "Score clips with a fine-tuned encoder and its head."
-    encoder, (folder, config) = load_checkpoint(path, device), read_checkpoint(path)
-    kept = dict(config['config'], keywords=tuple(config['config']['keywords']))
-    settings = FinetuneConfig(**{f.name: kept[f.name] for f in dataclasses.fields(FinetuneConfig)})
-    model = ClipClassifier(encoder, ClipHead(encoder.dim, len(config['label_names']), settings.hidden)).to(encoder.device).eval()
-    _load_tensors(model.head, folder/'head.safetensors', encoder.device)
-    rows, logits = np.arange(len(data)) if rows is None else np.asarray(rows), []
-    with torch.inference_mode():
-        for i in range(0, len(rows), batch_size):
-            batch = make_batch(data, rows[i:i + batch_size], np.ones(len(rows[i:i + batch_size])), settings, encoder.tokenizer)
-            logits.append(model({k: v.to(encoder.device) for k, v in batch.items()})[0].double().cpu())
-    return torch.cat(logits).softmax(1).numpy()
-
-# %% ../nbs/30_finetune.ipynb #162a8ba8
+# %% ../nbs/30_finetune.ipynb #a2daa2bb
 def plot_history(
     histories, # name → Finetuned, or one
     axes=None, # two; None: a new figure
@@ -910,7 +1021,8 @@ def plot_history(
     histories = histories if isinstance(histories, dict) else {histories.folder.name: histories}
     axes = plt.subplots(1, 2, figsize=(9, 3.2))[1] if axes is None else axes
     rows = pd.concat([d.history.assign(run=name) for name, d in histories.items()], ignore_index=True)
-    long = rows.melt(['run', 'epoch'], ['train_loss', 'val_loss'], 'part', 'loss').replace(dict(part=dict(train_loss='train', val_loss='val')))
+    long = rows.melt(['run', 'epoch'], ['train_loss', 'val_loss'], 'part', 'loss')
+    long['part'] = long.part.str.removesuffix('_loss')
     sns.lineplot(long, x='epoch', y='loss', hue='run', style='part', errorbar=None, palette='colorblind', ax=axes[0])
     sns.lineplot(rows, x='epoch', y='val_auroc', hue='run', errorbar=None, palette='colorblind', legend=False, ax=axes[1])
     sns.move_legend(axes[0], 'upper left', bbox_to_anchor=(2.25, 1), frameon=False, fontsize=8)
@@ -919,29 +1031,32 @@ def plot_history(
     axes[0].figure.subplots_adjust(wspace=.25)
     return axes
 
-# %% ../nbs/30_finetune.ipynb #26d3ea03
+# %% ../nbs/30_finetune.ipynb #a72fa6ca
 def _store_of(run, name, which): return Path(run)/f'features-{name}-{which}.lance'
 
 
-class _Together(nn.Module):
-    "Several models as one whose features lie side by side."
+class _Concatenated(nn.Module):
+    "Several models as one with concatenated outputs."
     def __init__(self, models):
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def encode_image(self, images): return torch.cat([F.normalize(m.encode_image(images).float(), dim=1) for m in self.models], dim=1)
+    def encode_image(self, images): return self._join([m.encode_image(images) for m in self.models])
 
-    def encode_text(self, tokens): return torch.cat([F.normalize(m.encode_text(tokens).float(), dim=1) for m in self.models], dim=1)
+    def encode_text(self, tokens): return self._join([m.encode_text(tokens) for m in self.models])
+
+    def _join(self, units): return torch.cat([F.normalize(u.float(), dim=1) for u in units], dim=1)
 
 
-def _apart(result, n, schema):
-    "Rows of n stores from features that lie side by side."
+def _split_outputs(result, n, schema):
+    "Rows of n stores from concatenated outputs."
     for i in range(n):
         row = dict(result)
         for m in ('image', 'text'):
             units = np.asarray(result.get(m, []), np.float32)
             units = units.reshape(len(units), n, -1)[:, i] if len(units) else units
-            row[m], row[f'{m}_times'] = [(u/np.linalg.norm(u)).astype(np.float16) for u in units], [float(t) for t in result.get(f'{m}_times', [])]
+            row[m] = [(u/np.linalg.norm(u)).astype(np.float16) for u in units]
+            row[f'{m}_times'] = [float(t) for t in result.get(f'{m}_times', [])]
         yield pa.Table.from_pylist([row], schema)
 
 
@@ -958,29 +1073,47 @@ def embed_with(
     precision: str = 'float32', # or bfloat16
 ) -> dict: # path → FeatureStore
     "Embed clips with several encoders of one architecture, decoding each clip once."
-    encoders = [with_precision(e, precision) for e, _ in stores.values()]
-    if len({(json.dumps(e.preprocess, sort_keys=True), e.dim) for e in encoders}) > 1: raise InputError('the encoders take or give different shapes; embed with one after the other')
-    heard = transcripts[transcripts.model.astype(bool)]
-    made = dict(fps=fps, overlap=overlap, asr=dict(heard[['backend', 'model']].iloc[0]) if len(heard) else {}, clips=table_hash(clips[['clip_id', 'start', 'end']]), transcripts=table_hash(transcripts[['clip_id', 'text']]))
+    encoders = {path: with_precision(e, precision) for path, (e, _) in stores.items()}
+    if len({(json.dumps(e.preprocess, sort_keys=True), e.dim) for e in encoders.values()}) > 1:
+        raise InputError('the encoders take or give different shapes; embed with one after the other')
+    made = _made_of(clips, transcripts, fps, overlap)
     with contextlib.ExitStack() as locks:
         for path in stores: locks.enter_context(store_lock(path))
-        opened = {path: open_store(path, dict(image=e.dim, text=e.dim), dict(e.provenance(), **made, **more)) for e, (path, (_, more)) in zip(encoders, stores.items())}
-        finished = set.intersection(*({c for c, error in zip(s.column('clip_id'), s.column('error')) if not error} for s in opened.values()))
-        todo = clips[~clips.clip_id.isin(finished)]
+        opened = {path: open_store(path, dict(image=e.dim, text=e.dim), dict(e.provenance(), **made, **stores[path][1]))
+                  for path, e in encoders.items()}
+        todo = clips[~clips.clip_id.isin(set.intersection(*map(_finished, opened.values())))]
         segments = {t.clip_id: list(t.segments) for t in transcripts[transcripts.clip_id.isin(todo.clip_id)].itertuples()}
-        together = dataclasses.replace(encoders[0], model=_Together([e.model for e in encoders]), dim=encoders[0].dim*len(encoders))
-        waiting = []
-        def commit():
-            for store, rows in zip(opened.values(), zip(*waiting)): store.upsert(pa.concat_tables(rows))
-            waiting.clear()
-        for result in progress(embed_items(todo, segments, together, fps, overlap, batch_size, workers), total=len(todo), desc='embed', unit='clip'):
-            waiting.append(list(_apart(result, len(stores), next(iter(opened.values())).table.schema.remove_metadata())))
-            if len(waiting) == commit_every: commit()
-        if waiting: commit()
-    for path, store in opened.items(): check_failures(pd.Series(store.column('error'), dtype=object), f'30_finetune into {path}', max_failed)
+        first = next(iter(encoders.values()))
+        joined = dataclasses.replace(first, model=_Concatenated([e.model for e in encoders.values()]), dim=first.dim*len(encoders))
+        results = embed_items(todo, segments, joined, fps, overlap, batch_size, workers)
+        _fill(list(opened.values()), progress(results, total=len(todo), desc='embed', unit='clip'), commit_every)
+    for path, store in opened.items():
+        check_failures(pd.Series(store.column('error'), dtype=object), f'30_finetune into {path}', max_failed)
     return opened
 
-# %% ../nbs/30_finetune.ipynb #54697d79
+
+def _made_of(clips, transcripts, fps, overlap):
+    "What a store says of its inputs."
+    heard = transcripts[transcripts.model.astype(bool)]
+    return dict(fps=fps, overlap=overlap, asr=dict(heard[['backend', 'model']].iloc[0]) if len(heard) else {},
+                clips=table_hash(clips[['clip_id', 'start', 'end']]), transcripts=table_hash(transcripts[['clip_id', 'text']]))
+
+
+def _finished(store): return {c for c, error in zip(store.column('clip_id'), store.column('error')) if not error}
+
+
+def _fill(stores, results, commit_every):
+    "Commit results to the stores, some clips at a time."
+    schema, waiting = stores[0].table.schema.remove_metadata(), []
+    def commit():
+        for store, rows in zip(stores, zip(*waiting)): store.upsert(pa.concat_tables(rows))
+        waiting.clear()
+    for result in results:
+        waiting.append(list(_split_outputs(result, len(stores), schema)))
+        if len(waiting) == commit_every: commit()
+    commit()
+
+# %% ../nbs/30_finetune.ipynb #20b9e6e4
 def embed_folds(
     run_dir: str | Path, # holds clips, transcripts, splits and finetune/NAME/
     name: str, # of the fine-tuning
@@ -991,13 +1124,15 @@ def embed_folds(
 ) -> dict: # fold0, … or single → FeatureStore
     "Embed all clips with the encoder of each fold."
     run, stores = Path(run_dir), {}
-    for folder in sorted((run/'finetune'/name).glob('*/history.json')):
-        config = read_checkpoint(folder.parent)[1]
+    for history in sorted((run/'finetune'/name).glob('*/history.json')):
+        folder, config = history.parent, read_checkpoint(history.parent)[1]
         checkpoint = {k: config[k] for k in ('mode', 'epoch', 'seen', 'files', 'fold', 'protocol', 'splits') if k in config}
-        stores[folder.parent.name] = (dataclasses.replace(load_checkpoint(folder.parent, device), name=f'finetune/{name}/{folder.parent.name}'), dict(checkpoint=checkpoint))
+        encoder = dataclasses.replace(load_checkpoint(folder, device), name=f'finetune/{name}/{folder.name}')
+        stores[folder.name] = _store_of(run, name, folder.name), (encoder, dict(checkpoint=checkpoint))
     if not stores: raise InputError(f"{run}/finetune/{name}: no finished fine-tuning there; run the stage 30_finetune")
-    opened = embed_with(read_table(run/'clips.parquet'), read_table(run/'transcripts.parquet'), {_store_of(run, name, k): s for k, s in stores.items()}, fps, overlap, workers)
-    return {k: opened[_store_of(run, name, k)] for k in stores}
+    clips, transcripts = read_table(run/'clips.parquet'), read_table(run/'transcripts.parquet')
+    opened = embed_with(clips, transcripts, dict(stores.values()), fps, overlap, workers=workers)
+    return {which: opened[path] for which, (path, _) in stores.items()}
 
 
 def read_folds(
@@ -1005,104 +1140,149 @@ def read_folds(
     name: str, # of the fine-tuning
 ) -> list[Features]: # of fold 0, 1, …: all clips by that fold's encoder; `split` has this fold's row alone
     "Read the features of every fold, audited."
-    run, splits, clips = Path(run_dir), read_table(Path(run_dir)/'splits.parquet'), read_table(Path(run_dir)/'clips.parquet')
-    found = []
-    for row, fold in enumerate(sorted(splits.fold.unique())):
+    run, found = Path(run_dir), []
+    splits, clips = read_table(run/'splits.parquet'), read_table(run/'clips.parquet')
+    for fold in sorted(splits.fold.unique()):
         path = _store_of(run, name, f'fold{fold}')
         if not path.is_dir(): continue
-        features = read_features(path)
-        made_by, there = features.provenance['checkpoint'], find_checkpoint(run/'finetune'/name/f'fold{fold}')
+        features, there = read_features(path), find_checkpoint(run/'finetune'/name/f'fold{fold}')
+        made_by = features.provenance['checkpoint']
         audit_checkpoint(made_by, splits, fold, clips)
-        if made_by['files'] != _read_json(there/'config.json')['files']: raise InputError(f"{path}: not made with {there} (the hashes of its files differ); delete the store and run 30_finetune again")
-        found.append(dataclasses.replace(features, split=features.split[[row]], provenance=dict(features.provenance, fold=int(fold))))
+        if made_by['files'] != _read_json(there/'config.json')['files']:
+            raise InputError(f"{path}: not made with {there} (the hashes of its files differ); "
+                             "delete the store and run 30_finetune again")
+        found.append(on_fold(features, splits, fold))
     if not found: raise InputError(f"{run}: no features-{name}-fold*.lance; run the stage 30_finetune")
     return found
 
-# %% ../nbs/30_finetune.ipynb #8c1e1896
+
+def on_fold(
+    features: Features, # of all clips
+    splits: pd.DataFrame, # SPLITS
+    fold: int,
+) -> Features: # with the parts of this fold alone
+    "Features for one fold; whether their encoder has seen its test part is `audit_checkpoint`'s to say."
+    table = pd.DataFrame(dict(clip_id=features.ids, video_id=features.groups))
+    parts = np.asarray(part_of_clips(table, splits, fold), str)
+    return dataclasses.replace(features, split=parts[None], provenance=dict(features.provenance, fold=int(fold)))
+
+# %% ../nbs/30_finetune.ipynb #9afe788a
+def chosen_folds(
+    folds: str | int, # all, single, numbers, or several of these, joined by commas
+    splits: pd.DataFrame, # SPLITS
+) -> list[str]: # numbers, and single
+    "Read which encoders are asked for."
+    known, chosen = [str(k) for k in sorted(splits.fold.unique())], []
+    for word in str(folds).replace(' ', '').split(','):
+        if word not in ('all', 'single', *known):
+            raise InputError(f"fold is {folds!r}; expected all, single or {', '.join(known)}, or several of these, such as all,single")
+        chosen += known if word == 'all' else [word]
+    return list(dict.fromkeys(chosen))
+
+
 def fold_parts(
     data: ClipData,
     splits: pd.DataFrame, # SPLITS
     fold: str, # its number, or single: all videos but the validation part of the first fold
 ) -> tuple[np.ndarray, dict]: # parts, str (N,); info for config.json
     "Tell which clips a fine-tuning may see."
-    table, first = pd.DataFrame(dict(clip_id=data.ids, video_id=data.videos)), splits.fold.min()
-    number = first if fold == 'single' else int(fold)
-    parts = part_of_clips(table, splits, number)
+    number = splits.fold.min() if fold == 'single' else int(fold)
+    parts = np.asarray(part_of_clips(pd.DataFrame(dict(clip_id=data.ids, video_id=data.videos)), splits, number), str)
     if fold == 'single': return np.where(parts == 'test', 'train', parts), dict(protocol='single', splits=table_hash(splits))
     return parts, dict(protocol='fold', fold=int(number), splits=table_hash(splits))
 
-
+# %% ../nbs/30_finetune.ipynb #d53be92a
 def run_finetune(
     run_dir: str | Path, # holds clips, transcripts and splits; gets finetune/NAME/ and features-NAME-….lance
     config: FinetuneConfig,
-    folds: str = 'all', # all, single, or numbers such as 0,1
+    folds: str | int = 'all', # all, single, numbers, or several of these, joined by commas
     name: str = '', # of the fine-tuning; '': the mode
     device: str = 'auto',
     cached_frames: int = 8, # decoded a clip, to draw num_frames from
     log: bool = False, # write TensorBoard's event files to finetune/NAME/foldK/log
     fps: float = 1., # frames per second, of the features
     overlap: int = 0, # tokens that text windows share
-    workers: int = 2, # decoding threads
+    workers: int = 2, # decoding threads; on a GPU also the processes that prepare batches
 ) -> dict[str, Finetuned]: # fold0, … or single → what came of it
     "Run the stage: fine-tune an encoder a fold, embed all clips with each, audit."
     from accelerate import PartialState
-    run, name, began = Path(run_dir), name or config.mode, time.perf_counter()
-    splits = read_table(run/'splits.parquet')
-    chosen = [str(k) for k in sorted(splits.fold.unique())] if folds == 'all' else [f.strip() for f in folds.split(',')]
-    wrong = [f for f in chosen if f != 'single' and not f.isdigit()]
-    if wrong: raise InputError(f"folds is {folds!r}; expected all, single, or numbers such as 0,1")
-    with PartialState(cpu=pick_device(device) == 'cpu').main_process_first(): data = read_clip_data(run, load_encoder(config.encoder, config.pretrained, 'cpu'), cached_frames, overlap, workers)
-    done = {}
+    run, name, began, cpu = Path(run_dir), name or config.mode, time.perf_counter(), pick_device(device) == 'cpu'
+    splits, done = read_table(run/'splits.parquet'), {}
+    chosen = chosen_folds(folds, splits)
+    with PartialState(cpu=cpu).main_process_first():
+        data = read_clip_data(run, load_encoder(config.encoder, config.pretrained, 'cpu'), cached_frames, overlap, workers)
     for fold in chosen:
         (parts, info), which = fold_parts(data, splits, fold), fold if fold == 'single' else f'fold{fold}'
         folder = run/'finetune'/name/which
-        done[which] = finetune(data, parts, folder, config, device, info=info, log_dir=folder/'log' if log else None)
+        done[which] = finetune(data, parts, folder, config, device, 0 if cpu else workers, info, folder/'log' if log else None)
     if PartialState().is_main_process:
         embed_folds(run, name, fps, overlap, device, workers)
         audited = len(read_folds(run, name)) if any(f != 'single' for f in chosen) else 0
-        _print_summary(name, done, data.summary(), audited, time.perf_counter() - began)
+        _print_summary(name, done, audited, time.perf_counter() - began, cpu)
     return done
 
 
-def _print_summary(name, done, counts, audited, seconds):
-    total = pd.DataFrame([d.summary() for d in done.values()])
-    print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)}, {counts['clips']} clips ({counts['without_frames']} without frames, {counts['without_text']} without text), {audited} folds audited, "
-          f"{total.epochs.sum():.0f} epochs, {total.images_per_s.median():.0f} images/s, {total.memory_mb.max():.0f} MB, {seconds:.0f} s")
+def _print_summary(name, done, audited, seconds, cpu):
+    "What was made, and what it took; an encoder that was found finished has the seconds of its training."
+    total, counts = pd.DataFrame([d.summary() for d in done.values()]), next(iter(done.values())).data
+    found, untrained = sum(d.found for d in done.values()), {t for d in done.values() for t in d.untrained}
+    print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)} ({found} found finished), {counts['clips']} clips "
+          f"({counts['without_frames']} without frames, {counts['without_text']} without text), {audited} folds audited")
+    print(f"trained {total.epochs.sum():.0f} epochs in {total.seconds.sum():.0f} s, {total.images_per_s.median():.0f} images/s, "
+          f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}; with all else {seconds:.0f} s now")
+    for tower in sorted(untrained): print(f"nothing to train the {tower} tower on: it stayed as it was")
 
-# %% ../nbs/30_finetune.ipynb #110248c9
+# %% ../nbs/30_finetune.ipynb #e9c8bcc8
 def bench_finetune(
     encoder: str = 'hatemm-tiny', # an architecture of open_clip
     pretrained: str = 'demo', # its weights; '' for random ones
     device: str = 'auto',
     clips: int = 16, # of a step
-    num_frames: int = 8, # of a clip
-    steps: int = 2, # of the batched loop
+    num_frames: int = 4, # of a clip
+    steps: int = 4, # of the batched loop
     precision: str = 'auto', # a name in PRECISIONS
-    most: int = 64, # frames that the frame-at-a-time loop is timed on
 ) -> dict: # name, machine, rows of what, value, unit; ratios
     "Time steps over batches of clips against a step a frame."
     import platform
-    device = pick_device(device)
-    size, rng = load_encoder(encoder, pretrained, 'cpu').preprocess['size'], np.random.default_rng(0)
-    n, labels = clips*steps, np.arange(clips*steps) % 2
-    frames = rng.integers(0, 255, (n, num_frames, 3, size, size), np.uint8)
-    said = [['the soup is ready and the bread costs less today', 'we baked an apple cake this morning']]*n
-    whole = ClipData(np.arange(n).astype(str), np.arange(n).astype(str), labels, frames, np.full(n, num_frames), said, ['0', '1'])
-    pick = np.arange(n*num_frames)[:most]
-    single = ClipData(pick.astype(str), pick.astype(str), labels[pick//num_frames], frames.reshape(-1, 1, *frames.shape[2:])[pick], np.ones(len(pick), int), [said[0]]*len(pick), ['0', '1'])
-    config, rows = FinetuneConfig('full', encoder, pretrained, num_frames, batch_size=clips, precision=precision, class_weight=''), []
-    for what, data, c in (('a step a frame', single, dataclasses.replace(config, num_frames=1, batch_size=1)), ('a step a batch of clips', whole, config)):
-        with memory_advice(c), torch.random.fork_rng(): seconds, memory = _time_epoch(data, c, device)
+    device, rows, speed = pick_device(device), [], {}
+    config = FinetuneConfig('full', encoder, pretrained, num_frames, batch_size=clips, precision=precision, class_weight='')
+    whole = _noise_clips(load_encoder(encoder, pretrained, 'cpu').preprocess['size'], clips*steps, num_frames)
+    loops = {'a step a frame': (_one_frame_clips(whole), dataclasses.replace(config, num_frames=1, batch_size=1)),
+             'a step a batch of clips': (whole, config)}
+    for what, (data, settings) in loops.items():
+        with memory_advice(settings), torch.random.fork_rng(): seconds, memory = _time_epoch(data, settings, device)
         images = int(data.counts.sum())
-        rows += [dict(what=f'{what}: frames', value=round(images/seconds, 1), unit='1/s'), dict(what=f'{what}: texts encoded a frame', value=round(2*len(data)/images, 2), unit='1'), dict(what=f'{what}: memory', value=round(memory), unit='MB')]
-    where = torch.cuda.get_device_name() if device.startswith('cuda') else f'{platform.machine()}, {torch.get_num_threads()} thread{"s"*(torch.get_num_threads() > 1)}'
-    return dict(name='finetune', machine=f'{where}, torch {torch.__version__}, {encoder}, {clips} clips of {num_frames} frames', rows=rows, ratios=dict(batch_vs_frame=round(rows[3]['value']/rows[0]['value'], 2)))
+        speed[what] = images/seconds
+        rows += [dict(what=f'{what}: frames', value=round(speed[what], 1), unit='1/s'),
+                 dict(what=f'{what}: texts encoded a frame', value=round(2*len(data)/images, 2), unit='1')]
+        if device.startswith('cuda'): rows.append(dict(what=f'{what}: peak memory', value=round(memory), unit='MB'))
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name() if device.startswith('cuda') else f'{platform.machine()}, {threads} thread{"s"*(threads > 1)}'
+    frame, batch = speed.values()
+    return dict(name='finetune', machine=f'{where}, torch {torch.__version__}, {encoder}, {clips} clips of {num_frames} frames',
+                rows=rows, ratios=dict(batch_vs_frame=round(batch/frame, 2)))
+
+
+def _noise_clips(size, n, num_frames):
+    "Clips of noise, each with two windows of text."
+    frames = np.random.default_rng(0).integers(0, 255, (n, num_frames, 3, size, size), np.uint8)
+    said = [['the soup is ready and the bread costs less today', 'we baked an apple cake this morning']]*n
+    ids = np.arange(n).astype(str)
+    return ClipData(ids, ids, np.arange(n) % 2, frames, np.full(n, num_frames), said, ['0', '1'])
+
+
+def _one_frame_clips(data):
+    "Each frame as a clip of its own, with all that is said in its clip."
+    clip = np.repeat(np.arange(len(data)), data.frames.shape[1])
+    ids = np.arange(len(clip)).astype(str)
+    return ClipData(ids, ids, data.labels[clip], data.frames.reshape(-1, 1, *data.frames.shape[2:]), np.ones(len(clip), int),
+                    [data.windows[c] for c in clip], data.label_names)
 
 
 def _time_epoch(data, config, device):
     "Seconds of an epoch, after a short one to warm up; memory in MB."
     every = np.arange(len(data))
-    session, _ = _open_session(data, every, every[:2], config, device, 0)
+    session = _open_session(_load_base(config), data, every, every[:2], config, device, 0)
     for rows in (every[:2*config.batch_size], every):
         session.train = rows
         if device.startswith('cuda'): torch.cuda.synchronize()

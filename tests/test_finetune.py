@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -17,8 +18,11 @@ import torch
 from hatemm_clip.data import CLIPS, TRANSCRIPTS, InputError, LeakError, prepare_data, read_table, write_table
 from hatemm_clip.demo import make_corpus, read_truth
 from hatemm_clip.embed import load_encoder, merge_adapter, read_features
-from hatemm_clip.finetune import (MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, audit_checkpoint, check_gradients, embed_folds, finetune, find_checkpoint,
-                                  load_checkpoint, make_batch, predict_clips, projection_names, read_checkpoint, read_clip_data, read_folds, run_finetune, set_trainable, tower_of, trainable_parameters)
+from hatemm_clip import finetune as module
+from hatemm_clip.finetune import (MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, audit_checkpoint, check_gradients,
+                                  chosen_folds, embed_folds, finetune, find_checkpoint, load_checkpoint, make_batch, projection_names,
+                                  read_checkpoint, read_clip_data, read_folds, run_finetune, set_trainable, tower_of,
+                                  trainable_parameters)
 
 PARTS = np.where(np.arange(20) < 12, 'train', np.where(np.arange(20) < 16, 'val', 'test'))
 CONFIG = FinetuneConfig(epochs=3, batch_size=4, num_frames=2, rank=4, dropout=0., patience=9)
@@ -102,8 +106,45 @@ def test_gradients_reach_both_towers(toy, mode):
 def test_a_tower_without_gradient_is_an_error():
     encoder = load_encoder(device='cpu')
     set_trainable(encoder.model, FinetuneConfig(mode='projection'))
-    encoder.model.text_projection.grad = torch.zeros_like(encoder.model.text_projection)
-    with pytest.raises(InputError, match='image tower are to train, such as visual.proj, and none gets a gradient'): check_gradients(ClipClassifier(encoder, ClipHead(encoder.dim)))
+    model, parameters = ClipClassifier(encoder, ClipHead(encoder.dim)), (encoder.model.visual.proj, encoder.model.text_projection)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    for parameters[0].grad in (None, torch.zeros_like(parameters[0])):
+        with pytest.raises(InputError, match='image tower are to train, such as visual.proj, and none gets a gradient'): check_gradients(model)
+    check_gradients(model, ['text'])
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_a_tower_without_data_stays_as_it_was(toy, tmp_path, mode):
+    "Without text, bit by bit; and the result says so."
+    silent, config = dataclasses.replace(toy, windows=[[] for _ in range(20)]), dataclasses.replace(CONFIG, mode=mode, epochs=2)
+    done = finetune(silent, PARTS, tmp_path/'run', config, 'cpu')
+    assert (done.parameters['text'], done.untrained) == (0, ['text']) and (done.parameters['image'] > 0) == (mode != 'head')
+    moved = changed(load_encoder(device='cpu').model.state_dict(), load_checkpoint(done.folder, 'cpu').model.state_dict())
+    assert all(n.startswith('visual.') for n in moved) and bool(moved) == (mode != 'head')
+    assert read_checkpoint(done.folder)[1]['untrained'] == ['text']
+
+
+def test_a_tower_may_wait_for_its_first_data(toy, tmp_path):
+    "One clip of the training part has text: steps without it are no error."
+    late = dataclasses.replace(toy, windows=[toy.windows[i] if i == 7 else [] for i in range(20)])
+    done = finetune(late, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='projection', batch_size=2, epochs=1), 'cpu')
+    assert done.untrained == [] and done.parameters['text'] > 0
+
+
+def test_nothing_to_learn_from(toy, tmp_path):
+    empty = dataclasses.replace(toy, windows=[[] for _ in range(20)], counts=np.zeros(20, int))
+    with pytest.raises(InputError, match='no clip of the train part has frames or text'): finetune(empty, PARTS, tmp_path/'run', CONFIG, 'cpu')
+
+
+def test_random_weights_of_an_untrained_tower_are_kept(toy, tmp_path):
+    "Nothing else could give them back."
+    silent = dataclasses.replace(toy, windows=[[] for _ in range(20)])
+    config = dataclasses.replace(CONFIG, mode='full', pretrained='', epochs=1)
+    done = finetune(silent, PARTS, tmp_path/'run', config, 'cpu')
+    torch.manual_seed(config.seed)
+    base = load_encoder('hatemm-tiny', '', 'cpu').model.state_dict()
+    torch.manual_seed(99)
+    assert all(n.startswith('visual.') for n in changed(base, load_checkpoint(done.folder, 'cpu').model.state_dict()))
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -120,7 +161,6 @@ def test_frozen_is_bit_identical_and_loss_falls(toy, tmp_path, mode):
 
 def test_base_under_adapters_is_bit_identical(toy, tmp_path):
     "Also while they train, not only where they are merged."
-    from hatemm_clip import finetune as module
     before, session = load_encoder(device='cpu').model.state_dict(), {}
     original = module._fit
     module._fit = lambda s, *args: session.update(s=s) or original(s, *args)
@@ -169,24 +209,31 @@ def test_early_stopping(toy, tmp_path):
 WORKER = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+import dataclasses
 import torch
+from accelerate import PartialState
 torch.set_num_threads(1)
 from test_finetune import CONFIG, PARTS, make_toy
-from hatemm_clip.finetune import finetune
+from hatemm_clip.finetune import finetune, run_finetune
 kill = lambda row: os.kill(os.getpid(), signal.SIGKILL) if row['epoch'] == {kill} else None
-finetune(make_toy(), PARTS, {folder!r}, CONFIG, 'cpu', on_epoch=kill)
+for folder, changes in {jobs!r}.items(): finetune(make_toy(), PARTS, folder, dataclasses.replace(CONFIG, **changes), 'cpu', on_epoch=kill)
+if {run!r}: run_finetune({run!r}, dataclasses.replace(CONFIG, mode='projection', epochs=1), '0', 'two', 'cpu')
+print('process', PartialState().process_index, 'of', PartialState().num_processes)
 """
 
 
-def run_worker(tmp_path, folder, kill=0, launcher=(sys.executable,)):
+def run_worker(tmp_path, jobs, kill=0, processes=1, run=''):
+    "Fine-tune in a process of its own, or in several that speak through gloo; jobs: folder → changes of CONFIG."
     script = tmp_path/'worker.py'
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), kill=kill, folder=str(folder)))
-    return subprocess.run([*map(str, launcher), str(script)], capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    script.write_text(WORKER.format(tests=str(Path(__file__).parent), jobs=jobs, kill=kill, run=str(run)))
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=600,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
 
 
 def test_killed_run_resumes_exactly(toy, adapted, tmp_path):
     "SIGKILL in the second epoch; the losses are those of the run that was left alone, digit by digit."
-    assert run_worker(tmp_path, tmp_path/'killed', kill=2).returncode == -signal.SIGKILL
+    assert run_worker(tmp_path, {str(tmp_path/'killed'): {}}, kill=2).returncode == -signal.SIGKILL
     assert (tmp_path/'killed/state.safetensors').exists() and not (tmp_path/'killed/history.json').exists()
     (tmp_path/'killed/.epoch_003.1.part').mkdir()
     resumed = finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')
@@ -195,23 +242,55 @@ def test_killed_run_resumes_exactly(toy, adapted, tmp_path):
     assert read_checkpoint(resumed.folder)[1]['files'] == read_checkpoint(adapted.folder)[1]['files']
 
 
-def test_two_processes_are_one(adapted, tmp_path):
-    "accelerate with gloo on a CPU: the same losses as one process."
-    launcher = [Path(sys.executable).with_name('accelerate'), 'launch', '--cpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 29500 + os.getpid() % 2000]
-    done = run_worker(tmp_path, tmp_path/'two', launcher=launcher)
-    assert done.returncode == 0, done.stderr[-2000:]
-    history = pd.DataFrame(json.loads((tmp_path/'two/history.json').read_text())['history'])
-    np.testing.assert_allclose(history[['train_loss', 'val_loss']].values, losses(adapted), atol=1e-4)
-
-
-def test_pieces_are_the_whole(toy, adapted, tmp_path):
-    pieces = finetune(toy, PARTS, tmp_path/'pieces', dataclasses.replace(CONFIG, accumulate=4), 'cpu')
-    np.testing.assert_allclose(losses(pieces), losses(adapted), atol=1e-4)
+def test_micro_batches_are_the_whole(toy, adapted, tmp_path):
+    four = finetune(toy, PARTS, tmp_path/'four', dataclasses.replace(CONFIG, accumulate=4), 'cpu')
+    np.testing.assert_allclose(losses(four), losses(adapted), atol=1e-4)
 
 
 def test_another_configuration_is_refused(toy, adapted):
     with pytest.raises(InputError, match="rank 4 there, 2 asked for"): finetune(toy, PARTS, adapted.folder, dataclasses.replace(CONFIG, rank=2), 'cpu')
     with pytest.raises(InputError, match='clips'): finetune(toy, np.roll(PARTS, 2), adapted.folder, CONFIG, 'cpu')
+
+
+@pytest.mark.parametrize('change, names', [
+    (dict(windows=[['other words']]*20), ['texts']), (dict(hashes=np.array([f'other{i}' for i in range(20)])), ['frames']),
+    (dict(times=np.ones((20, 2))), ['frames']), (dict(counts=np.full(20, 2)), ['frames']), (dict(hashes=None), ['frames']),
+    (dict(labels=(np.arange(20) + 1) % 2), ['clips'])])
+def test_other_inputs_are_refused(toy, adapted, change, names):
+    "A finished fine-tuning is reused only for what it was made from."
+    with pytest.raises(InputError) as e: finetune(dataclasses.replace(toy, **change), PARTS, adapted.folder, CONFIG, 'cpu')
+    for name in ('texts', 'frames', 'clips'): assert (f"{name} '" in str(e.value)) == (name in names)
+
+
+def test_pixels_count_where_there_are_no_hashes(toy, tmp_path):
+    config, other = dataclasses.replace(CONFIG, mode='head', epochs=1), toy.frames.copy()
+    other[0, 0, 0, 0, 0] ^= 1
+    finetune(dataclasses.replace(toy, hashes=None), PARTS, tmp_path/'run', config, 'cpu')
+    assert finetune(dataclasses.replace(toy, hashes=None), PARTS, tmp_path/'run', config, 'cpu').found
+    with pytest.raises(InputError, match="frames '"): finetune(dataclasses.replace(toy, hashes=None, frames=other), PARTS, tmp_path/'run', config, 'cpu')
+
+
+def test_other_weights_to_start_from_are_refused(toy, tmp_path):
+    config = dataclasses.replace(CONFIG, mode='full', pretrained=str(tmp_path/'base.pt'), epochs=1)
+    model = load_encoder(device='cpu').model
+    torch.save(model.state_dict(), tmp_path/'base.pt')
+    assert not finetune(toy, PARTS, tmp_path/'run', config, 'cpu').found
+    with torch.no_grad(): model.text_projection.mul_(1.1)
+    torch.save(model.state_dict(), tmp_path/'base.pt')
+    with pytest.raises(InputError, match="base_sha256 '"): finetune(toy, PARTS, tmp_path/'run', config, 'cpu')
+
+
+def test_advice_about_memory_can_be_followed(toy, adapted, tmp_path):
+    "A run goes on, or is reused, with other micro-batches, checkpointing and number of checkpoints; not with a contrastive loss."
+    thrifty = dict(accumulate=2, checkpointing=True, keep=1)
+    assert finetune(toy, PARTS, adapted.folder, dataclasses.replace(CONFIG, **thrifty), 'cpu').found
+    stop = lambda row: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu', on_epoch=stop)
+    resumed = finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, **thrifty), 'cpu')
+    np.testing.assert_allclose(losses(resumed), losses(adapted), atol=1e-4)
+    with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'both', dataclasses.replace(CONFIG, contrastive=.1), 'cpu', on_epoch=stop)
+    with pytest.raises(InputError, match='accumulate 1 there, 2 asked for'):
+        finetune(toy, PARTS, tmp_path/'both', dataclasses.replace(CONFIG, contrastive=.1, **thrifty), 'cpu')
 
 
 def test_bad_checkpoints(adapted, tmp_path):
@@ -230,7 +309,6 @@ def test_bad_checkpoints(adapted, tmp_path):
     with pytest.raises(InputError, match='adapters do not fit'): merge_adapter(load_encoder('ViT-B-32', '', 'cpu'), other)
     (other/'config.json').write_text(json.dumps(dict(config, base_sha256='0'*64)))
     with pytest.raises(InputError, match='other weights'): load_checkpoint(other)
-    with pytest.raises(InputError, match='not from ViT-B-32'): load_checkpoint(adapted.folder, encoder='ViT-B-32')
     with pytest.raises(InputError, match='no fine-tuned checkpoint'): load_checkpoint(tmp_path/'nowhere')
 
 
@@ -241,10 +319,9 @@ def test_damaged_state(toy, tmp_path):
 
 
 def test_out_of_memory(toy, tmp_path, monkeypatch):
-    from hatemm_clip import finetune as module
     def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
     monkeypatch.setattr(module, '_step', full)
-    with pytest.raises(InputError, match='batch_size 4 in 1 pieces.*accumulate=2 gives the same gradient.*checkpointing=True'): finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu')
+    with pytest.raises(InputError, match='batch_size 4 in 1 micro-batches.*accumulate=2 needs half.*checkpointing=True'): finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu')
 
 
 def test_bad_folds(toy, tmp_path):
@@ -255,21 +332,61 @@ def test_bad_folds(toy, tmp_path):
 
 def test_missing_modalities_are_counted_and_masked(toy, adapted):
     assert adapted.data == dict(clips=20, frames=57, windows=38, without_frames=1, without_text=1, without_both=0)
-    probs = predict_clips(adapted.folder, toy, device='cpu')
-    assert np.isfinite(probs).all() and np.allclose(probs.sum(1), 1)
-    np.testing.assert_allclose(predict_clips(adapted.folder, toy, [2, 3], 'cpu'), probs[[2, 3]], atol=1e-5)
+    encoder = load_encoder(device='cpu')
+    classifier = ClipClassifier(encoder, ClipHead(encoder.dim)).eval()
+    logits = lambda data, rows: classifier(make_batch(data, np.array(rows), np.ones(len(rows)), CONFIG, encoder.tokenizer))[0]
     bare = dataclasses.replace(toy, windows=[[] for _ in range(20)], counts=np.zeros(20, int))
-    assert np.ptp(predict_clips(adapted.folder, bare, device='cpu')[:, 1]) < 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(logits(toy, [2, 3]), logits(toy, range(20))[[2, 3]], atol=1e-5, rtol=0)
+        assert logits(toy, range(20)).isfinite().all() and np.ptp(logits(bare, range(20))[:, 1].numpy()) < 1e-6
 
 
-def test_tensorboard(toy, tmp_path):
-    config = dataclasses.replace(CONFIG, mode='head', epochs=1)
-    try: import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(InputError, match='pip install tensorboard'): finetune(toy, PARTS, tmp_path/'run', config, 'cpu', log_dir=tmp_path/'log')
-    else:
-        finetune(toy, PARTS, tmp_path/'run', config, 'cpu', log_dir=tmp_path/'log')
-        assert list((tmp_path/'log').glob('events.*'))
+def test_loader_processes_change_nothing(toy, adapted, tmp_path):
+    np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu', workers=2)), losses(adapted))
+
+
+def test_float16_scales_its_loss(toy, tmp_path, monkeypatch):
+    "On a CPU, where only tests may: it learns, an overflow skips a step and halves the scale, and the scale is resumed."
+    monkeypatch.setattr(module, 'pick_precision', lambda precision, device: torch.float16)
+    done = finetune(toy, PARTS, tmp_path/'whole', CONFIG, 'cpu')
+    assert losses(done)[-1, 1] < .5*losses(done)[0, 1]
+    stop = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row['epoch'] == 2 else None
+    with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu', on_epoch=stop)
+    np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')), losses(done))
+    encoder = module._load_base(CONFIG)
+    train, val = module.check_parts(toy, PARTS)
+    session = module._open_session(encoder, toy, train, val, CONFIG, 'cpu', 0)
+    head, scale = session.model.head.out.weight.detach().clone(), session.scaler.get_scale()
+    assert session.scaler.is_enabled() and scale > 1
+    batch = make_batch(toy, train[:4], np.full(4, 1e38, np.float32), CONFIG, encoder.tokenizer)
+    module._step(session, iter([batch]))
+    assert torch.equal(session.model.head.out.weight, head) and session.scaler.get_scale() == scale/2
+
+
+def test_tensorboard_is_missing(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(InputError, match='pip install tensorboard'):
+        finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=1), 'cpu', log_dir=tmp_path/'log')
+
+
+def test_tensorboard_gets_every_row(toy, tmp_path, monkeypatch):
+    "With a stand-in for its writer, which need not be installed."
+    rows, made = [], []
+    class SummaryWriter:
+        def __init__(self, folder): made.append(folder)
+        def __enter__(self): return self
+        def __exit__(self, *_): made.append('closed')
+        def add_scalar(self, name, value, step): rows.append((name, value, step))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=SummaryWriter))
+    done = finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=2), 'cpu', log_dir=tmp_path/'log')
+    assert made == [str(tmp_path/'log'), 'closed']
+    assert [v for n, v, _ in rows if n == 'val_loss'] == done.history.val_loss.tolist() and {s for *_, s in rows} == {1, 2}
+
+
+def test_tensorboard_itself(toy, tmp_path):
+    pytest.importorskip('tensorboard', reason='TensorBoard is not installed; its writer is tested with a stand-in')
+    finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=1), 'cpu', log_dir=tmp_path/'log')
+    assert list((tmp_path/'log').glob('events.*'))
 
 
 @pytest.fixture(scope='module')
@@ -284,9 +401,41 @@ def run(tmp_path_factory):
     rows[0] = dict(rows[0], text='', segments=[])
     write_table(pd.DataFrame(rows), folder/'run/transcripts.parquet', TRANSCRIPTS)
     config = dataclasses.replace(CONFIG, epochs=1, mode='projection')
-    run_finetune(folder/'run', config, device='cpu')
-    run_finetune(folder/'run', config, 'single', name='flattered', device='cpu')
+    run_finetune(folder/'run', config, 'all,single', device='cpu')
     return folder/'run'
+
+
+def test_folds_that_are_asked_for(run):
+    splits = read_table(run/'splits.parquet')
+    asked = {'all': ['0', '1', '2'], 'single': ['single'], '1, 2': ['1', '2'], 'all,single': ['0', '1', '2', 'single'], 0: ['0'], '2,all': ['2', '0', '1']}
+    for folds, found in asked.items(): assert chosen_folds(folds, splits) == found
+    for folds in ('7', 'every', '', '0-2'):
+        with pytest.raises(InputError, match='expected all, single or 0, 1, 2, or several of these'): chosen_folds(folds, splits)
+
+
+def test_two_processes_are_one(toy, run, tmp_path):
+    "accelerate with gloo on a CPU: the same losses as one process; the stage caches, embeds and audits once."
+    jobs = dict(lora={}, full=dict(mode='full', epochs=2), contrastive=dict(contrastive=.5, epochs=2))
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    shutil.rmtree(copy/'finetune')
+    done = run_worker(tmp_path, {str(tmp_path/name): changes for name, changes in jobs.items()}, processes=2, run=copy)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'process 0 of 2' in done.stdout and 'process 1 of 2' in done.stdout
+    for name, changes in jobs.items():
+        if name == 'contrastive': changes = dict(changes, accumulate=2)  # its negatives come from a micro-batch
+        one = finetune(toy, PARTS, tmp_path/f'one-{name}', dataclasses.replace(CONFIG, **changes), 'cpu')
+        two = pd.DataFrame(json.loads((tmp_path/name/'history.json').read_text())['history'])
+        np.testing.assert_allclose(two[['train_loss', 'val_loss']].values, losses(one), atol=1e-4)
+    assert done.stdout.count('two: 1 encoder (0 found finished), 20 clips') == 1 and '1 folds audited' in done.stdout
+    assert len(read_folds(copy, 'two')) == 1 and not list((copy/'finetune').glob('.*'))
+
+
+def test_summary_tells_what_was_found_finished(run, capsys):
+    config = dataclasses.replace(CONFIG, epochs=1, mode='projection')
+    done = run_finetune(run, config, device='cpu')
+    said = capsys.readouterr().out
+    assert '3 encoders (3 found finished)' in said and '3 folds audited' in said
+    assert f"trained 3 epochs in {sum(d.history.seconds.sum() for d in done.values()):.0f} s" in said
 
 
 def test_one_row_a_sampled_frame(run):
@@ -320,7 +469,7 @@ def test_audit_names_the_videos(run, tmp_path):
     shutil.rmtree(copy/'finetune/projection/fold0')
     shutil.copytree(run/'finetune/projection/fold1', copy/'finetune/projection/fold0')
     with pytest.raises(InputError, match='hashes of its files differ'): read_folds(copy, 'projection')
-    seen = read_features(run/'features-flattered-single.lance').provenance['checkpoint']
+    seen = read_features(run/'features-projection-single.lance').provenance['checkpoint']
     with pytest.raises(LeakError): audit_checkpoint(seen, splits, 0)
     for k in (1, 2):  # the validation part of fold 0 is the test part of fold 1: seen as well, to stop early
         with pytest.raises(LeakError): audit_checkpoint(seen, splits, k)
@@ -354,6 +503,14 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
     encoder = load_encoder(device='cpu')
     with pytest.raises(InputError, match='1 of 20 items failed'): read_clip_data(copy, encoder)
     assert read_clip_data(copy, encoder, max_failed=.1).summary()['without_frames'] == 1
+
+
+def test_random_vit_takes_steps():
+    "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
+    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0.), make_toy(4, size=224)
+    session = module._open_session(module._load_base(config), data, np.arange(4), np.arange(2), config, 'cpu', 0)
+    found = [module._train_epoch(session, epoch, epoch, 50) for epoch in range(3)]
+    assert session.reached == {'image', 'text'} and found[-1] < found[0]
 
 
 def test_real_memes(shared, tmp_path):
