@@ -1552,7 +1552,7 @@ def crossval_folds(
     if len(features) == 1 and len(features[0].split) > 1: return crossval(features[0], *args, **kwargs)
     return pd.concat([crossval(f, *args, **kwargs).assign(fold=f.provenance['fold']) for f in features], ignore_index=True)
 
-# %% ../nbs/40_fusion.ipynb #bf7a92fc
+# %% ../nbs/40_fusion.ipynb #8ceda329
 def fit_run_bundle(
     run_dir: str | Path, # gets bundle/
     features: Features, # that all folds share
@@ -1565,7 +1565,7 @@ def fit_run_bundle(
     if not finetuned: return fit_bundle(features, head, run/'bundle', **params)
     from hatemm_clip.finetune import find_checkpoint
     single = read_features(run/f'features-{finetuned}-single.lance')
-    encoder = dict(single.provenance, name='encoder')  # a folder in the bundle
+    encoder = dict(single.provenance, encoder='encoder')  # a folder in the bundle
     model = fit_bundle(dataclasses.replace(single, split=features.split), head, run/'bundle', encoder=encoder, **params)
     shutil.copytree(find_checkpoint(run/'finetune'/finetuned/'single'), run/'bundle'/'encoder', dirs_exist_ok=True)
     return model

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['SCORABLE', 'Scorer', 'score_files', 'format_scores']
 
-# %% ../nbs/90_serve.ipynb #13eac9bf
+# %% ../nbs/90_serve.ipynb #adb7451c
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .asr import load_asr
+from .asr import asr_of
 from .data import InputError, MediaError, probe, progress, read_audio
-from .embed import (Features, embed_images, encode_texts, load_audio, load_encoder, text_windows, with_precision)
+from .embed import Features, embed_images, encode_texts, encoder_of, load_audio, text_windows
 from .fusion import explain, load_bundle
 
-# %% ../nbs/90_serve.ipynb #7f315d83
+# %% ../nbs/90_serve.ipynb #e44b12fc
 SCORABLE = ('image', 'text', 'audio')  # modalities that can be made from a file
 
 
@@ -32,12 +32,9 @@ class Scorer:
         self.made = made = self.model.bundle_['encoder']
         self._check()
         own = Path(bundle)/made['encoder']  # a fine-tuned encoder
-        encoder = load_encoder(str(own) if own.is_dir() else made['encoder'], made['pretrained'], device)
-        if encoder.weights_sha256 != made['weights_sha256']:
-            raise InputError(f"{bundle}: was trained with other weights of {made['encoder']}/{made['pretrained']} than those installed; "
-                             'train the bundle again')
-        self.encoder = with_precision(encoder, made.get('precision', 'float32'))
-        self.asr = load_asr(made['asr']['backend'], made['asr']['model'], device)
+        try: self.encoder = encoder_of(dict(made, encoder=str(own)) if own.is_dir() else made, device)
+        except InputError as e: raise InputError(f"{bundle}: {e}") from None
+        self.asr = asr_of(made['asr'], device)
         self.sound, _, heard = load_audio(*made['audio'].split()) if 'audio' in self.model.dims_ else (None, 0, {})
         if heard.get('audio_sha256', '') != made.get('audio_sha256', '') and self.sound:
             raise InputError(f"{bundle}: was trained with other weights of {made['audio']} than those installed; train the bundle again")

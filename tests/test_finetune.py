@@ -539,3 +539,32 @@ def test_load_encoder_takes_the_folder(toy, tmp_path, mode):
     by_path, checked = load_encoder(str(done.folder), device='cpu'), load_checkpoint(done.folder, 'cpu')
     assert by_path.weights_sha256 == checked.weights_sha256 and (by_path.weights_sha256 == load_encoder(device='cpu').weights_sha256) == (mode == 'head')
     assert not changed(by_path.model.state_dict(), checked.model.state_dict())
+
+
+def test_heads_train_on_each_folds_own_features(run, tmp_path):
+    "The fine-tuned encoders reach the predictions, and a bundle that scores wherever it is moved."
+    from hatemm_clip.fusion import crossval, run_fusion
+    from hatemm_clip.serve import Scorer
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    predictions = run_fusion(copy, 'MeanLinear', 'image+text', seeds=1, finetuned='projection', epochs=3, grid={})
+    assert sorted(predictions.fold.unique()) == [0, 1, 2]
+    second = crossval(read_folds(copy, 'projection')[1], 'MeanLinear', ['image'], 1, grid={}, epochs=3)
+    np.testing.assert_allclose(predictions.query("fold == 1 and run == 'MeanLinear:image'").prob, second.prob)
+    bundle = Path(shutil.move(copy/'bundle', tmp_path/'elsewhere'))
+    shutil.rmtree(copy)
+    config = json.loads((bundle/'config.json').read_text())
+    config['encoder']['asr'] = dict(backend='faster-whisper', model='tiny.en')  # the run has true sentences for transcripts
+    (bundle/'config.json').write_text(json.dumps(config))
+    frozen, scorer = load_encoder(device='cpu').weights_sha256, Scorer(bundle, device='cpu')
+    assert scorer.encoder.weights_sha256 != frozen
+    video = next((run.parent/'corpus').glob('hate_videos/*.mp4'))
+    row = scorer.score(video)
+    assert row['error'] is None and 0 <= row['prob'] <= 1
+
+
+def test_a_bundle_needs_an_encoder_of_all_videos(run, tmp_path):
+    from hatemm_clip.fusion import run_fusion
+    copy = Path(shutil.copytree(run, tmp_path/'run'))
+    shutil.rmtree(copy/'features-projection-single.lance')
+    with pytest.raises(InputError, match="fold 'all,single'"): run_fusion(copy, 'MeanLinear', finetuned='projection', seeds=1)
+    assert not (copy/'predictions.parquet').exists()

@@ -77,7 +77,7 @@ def test_files_without_video(scorer, tmp_path):
 
 
 @pytest.mark.parametrize('made,told', [
-    (dict(weights_sha256='0'*64), 'trained with other weights of hatemm-tiny/demo'),
+    (dict(weights_sha256='0'*64), 'other weights of hatemm-tiny/demo'),
     (dict(asr={}), r'of unknown make \(asr not recorded\)'),
     (dict(encoder='ViT-Z'), 'unknown to open_clip')])
 def test_bundle_of_other_make(tmp_path, made, told):
