@@ -924,7 +924,7 @@ def _ray_groups(asr, groups, workers):
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 
-# %% ../nbs/10_asr.ipynb #b14b28e3
+# %% ../nbs/10_asr.ipynb #3af8fc40
 def spoken_text(
     video: dict, # an entry of the demo's truth: `sentences` with text, start, end (s)
     start: float = 0., # of the clip, s
@@ -957,7 +957,8 @@ def _long_sound(audios, texts, seconds):
 
 
 def _openai_checkpoint(model):
-    model = model or os.environ.get('HATEMM_WHISPER_PT')
+    beside = Path('../shared/models/whisper-tiny.en.pt')  # data beside a checkout, as in the project's tests
+    model = model or os.environ.get('HATEMM_WHISPER_PT') or (str(beside) if beside.is_file() else '')
     try: return find_openai_model(model or 'tiny.en', download=bool(model))
     except InputError as e:
         raise InputError('the reference needs an openai-whisper checkpoint; give openai_model, '

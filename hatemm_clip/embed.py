@@ -1442,11 +1442,11 @@ def bench_memory(
     rows.append(dict(what='memory: the longer over the shorter', value=round(rows[-1]['value'] - rows[0]['value'], 1), unit='MB'))
     return rows
 
-# %% ../nbs/20_embed.ipynb #078f6fc4
+# %% ../nbs/20_embed.ipynb #cc985108
 def bench_embed(
     encoder: str = 'ViT-B-32', # an architecture; random weights
     videos: int = 2, # that are made
-    copies: int = 2, # times that each stands in the table of clips
+    copies: int = 6, # times that each stands in the table of clips
     seconds: int = 16, # of each, s, 720p, 25 frames per second
     workers: int = 0, # threads; 0: as many as cores
     precision: str = 'auto', # of this module's way; the other is float32, as it was

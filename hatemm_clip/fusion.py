@@ -1209,7 +1209,7 @@ def tfidf_features(
         return svd.transform(counts).astype(np.float32)
     return features_of
 
-# %% ../nbs/40_fusion.ipynb #ba3c30cd
+# %% ../nbs/40_fusion.ipynb #b469d321
 def with_protocol(
     features: Features, # of any clips
     protocol: str, # of `splits`; or grouped_5fold (any number), or leaky_snippet
@@ -1217,6 +1217,7 @@ def with_protocol(
     seed: int = 0, # of a deal
 ) -> Features: # the same with other folds
     "Give features the folds of a protocol."
+    if features.provenance.get('checkpoint'): raise InputError("these features come from an encoder that was fine-tuned on some of the videos; they keep its own folds (see 30_finetune)")
     clips = pd.DataFrame(dict(clip_id=features.ids, video_id=features.groups, label=features.labels))
     known = [] if splits is None else sorted(splits.protocol.unique())
     folds = re.fullmatch(r'grouped_(\d+)fold', protocol)
@@ -1480,7 +1481,7 @@ def load_bundle(
     model.temperature_, model.threshold_, model.bundle_ = config['temperature'], config['threshold'], config
     return model
 
-# %% ../nbs/40_fusion.ipynb #f42e42d3
+# %% ../nbs/40_fusion.ipynb #47edbb1d
 def fit_bundle(
     features: Features, # all clips
     head: str = 'BinaryClassifier', # a key of HEADS
@@ -1495,6 +1496,7 @@ def fit_bundle(
     "Train on all clips but an inner validation part, and write the bundle."
     model = FusionClassifier(head, modalities=modalities, seed=seed, **params)
     kept = model._prepare(check_training(check_features(sort_modalities(features, modalities))))
+    if features.split is None and features.provenance.get('checkpoint'): raise InputError("these features come from an encoder that was fine-tuned on some of the videos; give the split that it kept to")
     parts = features.split[0] if features.split is not None else _deal(features.labels, features.groups, 5, seed)[0]
     part = dict(train=np.flatnonzero(parts != 'val'), val=np.flatnonzero(parts == 'val'))
     model.set_params(**_choose_settings(Rows(kept, device=model.device), features.labels, [part], model, _grid_of(head, grid, params), seed)[0])
