@@ -26,12 +26,6 @@ def hatemm():
     return call
 
 
-def pytest_collection_modifyitems(items):
-    "Keep the tests of a file in one process, unless they name a group."
-    for item in items:
-        if not item.get_closest_marker('xdist_group'): item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_terminal_summary(terminalreporter):
     count = lambda *kinds: sum(len(terminalreporter.stats.get(k, [])) for k in kinds)
     terminalreporter.write_line(f"{count('passed')} passed, {count('failed', 'error')} failed")
