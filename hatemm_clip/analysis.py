@@ -476,7 +476,7 @@ def agreement(
     table = bootstrap_ci(preds_a, decided, rows_a.video_id, ['kappa', 'accuracy'], weight=weight, n=n, seed=seed)
     return table.rename(index={'accuracy': 'agreement'})
 
-# %% ../nbs/60_analysis.ipynb #90b66476
+# %% ../nbs/60_analysis.ipynb #c04916b1
 _COVERAGE = np.linspace(.05, 1, 96)
 
 
@@ -505,7 +505,7 @@ def risk_coverage(
         tables.append(pd.DataFrame(dict(head=head, coverage=_COVERAGE, risk=risk, low=low, high=high)))
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../nbs/60_analysis.ipynb #6a7cb28a
 def plot_risk_coverage(
     predictions: pd.DataFrame, # a `predictions` table of two classes
     ax=None, # where to draw; None: a new figure

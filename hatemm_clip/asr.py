@@ -568,7 +568,7 @@ def plot_transcript(
     ax.spines[['left', 'right', 'top']].set_visible(False)
     return ax
 
-# %% ../nbs/10_asr.ipynb #e3bb7cc2
+# %% ../nbs/10_asr.ipynb #0ba635a9
 @lru_cache
 def _normalizer():
     from whisper.normalizers import EnglishTextNormalizer
@@ -593,7 +593,7 @@ def word_errors(
     if not words.sum(): raise InputError('no reference holds a word, so there is nothing to divide by')
     return wrong, words
 
-
+# %% ../nbs/10_asr.ipynb #87c2e007
 def word_error_rate(
     reference: str | list[str], # what was said
     hypothesis: str | list[str], # what was understood
@@ -602,7 +602,7 @@ def word_error_rate(
     wrong, words = word_errors(*([texts] if isinstance(texts, str) else list(texts) for texts in (reference, hypothesis)))
     return float(wrong.sum()/words.sum())
 
-
+# %% ../nbs/10_asr.ipynb #67de03b3
 def word_error_interval(
     references: list[str], # what was said, a text a clip
     hypotheses: list[str], # what was understood
@@ -673,7 +673,7 @@ def make_groups(
         total += max(duration, 1.)
     return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(seconds)])]
 
-# %% ../nbs/10_asr.ipynb #0ebebc8e
+# %% ../nbs/10_asr.ipynb #1980d2e6
 def read_journal(
     path: Path, # lines of JSON: settings, then a group a line
     settings: dict, # what the run is made with
@@ -705,7 +705,7 @@ def _append(path, line):
             os.fsync(f.fileno())
     except OSError as e: raise _no_room(path, e) from e
 
-
+# %% ../nbs/10_asr.ipynb #75a63b4a
 @contextmanager
 def store_lock(
     path: str | Path, # a table or a feature store
@@ -806,7 +806,7 @@ def transcribe_clips(
     with store_lock(table): _make_table(asr, clips, table, settings, max_failed, resume, engine, workers)
     return read_transcripts(table)
 
-# %% ../nbs/10_asr.ipynb #eed2b355
+# %% ../nbs/10_asr.ipynb #4f054912
 def _make_table(asr, clips, table, settings, max_failed, resume, engine, workers):
     "Transcribe what the journal lacks and write the table; the journal stays while a clip of it failed."
     began, journal = time.perf_counter(), table.with_name(f'{table.name}.journal')
@@ -839,7 +839,7 @@ def _is_done(table, settings):
     print(f'{table.name} is there already, made with the same settings from the same clips; resume=False makes it anew')
     return True
 
-
+# %% ../nbs/10_asr.ipynb #4752834a
 def _finish(asr, clips, journal, settings, resume, engine, workers):
     "Do the groups that the journal does not hold; all rows, in the order of `clips`."
     done = read_journal(journal, settings) if resume else {}
@@ -964,7 +964,7 @@ def _openai_checkpoint(model):
         raise InputError('the reference needs an openai-whisper checkpoint; give openai_model, '
                          f'or HATEMM_WHISPER_PT in the environment, a .pt file or a size ({e})') from e
 
-# %% ../nbs/10_asr.ipynb #265bcdc6
+# %% ../nbs/10_asr.ipynb #6cad4384
 def _timed(function):
     "Wall seconds and CPU seconds of a call, and its result."
     began, busy = time.perf_counter(), time.process_time()
@@ -979,7 +979,7 @@ def _speed_rows(name, turns, seconds, said):
               ('word error rate', word_error_rate(said, texts), 'share')]
     return [dict(what=f'{name}: {what}', value=round(value, 4), unit=unit) for what, value, unit in values]
 
-
+# %% ../nbs/10_asr.ipynb #0ac08ef7
 def bench_asr(
     data_dir: str | Path | None = None, # a demo corpus, with truth.json; None: one is made
     openai_model: str | None = None, # checkpoint of the reference; None: HATEMM_WHISPER_PT, or tiny.en where it has been fetched before

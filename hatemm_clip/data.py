@@ -790,7 +790,7 @@ def show_clips(
         ax.axis('off')
     return axes[0]
 
-# %% ../nbs/00_data.ipynb #737dd535
+# %% ../nbs/00_data.ipynb #af3e45b0
 def prepare_data(
     dataset: str, # a key of READERS
     data_dir: str | Path, # its folder
@@ -827,7 +827,7 @@ def _splits(videos, groups, split, folds, seed):
     if 'part' not in videos: raise InputError(f"split is 'published', but {videos.dataset[0]} comes without one; take 'grouped' or name a file")
     return purge_leaks(published_splits(videos[['video_id', 'part']], groups))
 
-
+# %% ../nbs/00_data.ipynb #a4d7758d
 def _texts(videos, transcripts):
     "What is known to be said in each video before anything is transcribed."
     if not transcripts: return dict(zip(videos.video_id, videos.text.fillna(''))) if 'text' in videos else {}

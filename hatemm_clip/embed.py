@@ -64,7 +64,7 @@ class Encoder:
         return dict(encoder=self.name, pretrained=self.pretrained, weights_sha256=self.weights_sha256,
                     preprocess=self.preprocess, precision=self.precision)
 
-# %% ../nbs/20_embed.ipynb #292715d8
+# %% ../nbs/20_embed.ipynb #d1390759
 def pick_device(
     device: str = 'auto', # `auto`, `cpu`, `cuda`, …
 ) -> str:
@@ -83,7 +83,7 @@ def _weights_sha256(model):
 
 def _first_line(error, most=150): return str(error).splitlines()[0][:most] if str(error) else type(error).__name__
 
-
+# %% ../nbs/20_embed.ipynb #997dd4c3
 def load_encoder(
     name: str = TINY, # an architecture of `open_clip.list_models()`, or a folder that 30_finetune wrote
     pretrained: str = 'demo', # one of its tags, or a checkpoint file; '' for random weights; a fine-tuned folder knows its own
@@ -127,7 +127,7 @@ def _as_encoder(model, name, pretrained, device):
         dim=config['embed_dim'], context_length=config['text_cfg'].get('context_length', 77),
         device=device, weights_sha256=_weights_sha256(model))
 
-# %% ../nbs/20_embed.ipynb #2a14f707
+# %% ../nbs/20_embed.ipynb #06e9cdb1
 FINETUNED = 'hatemm_clip.finetune'  # `kind` in config.json
 
 
@@ -167,7 +167,7 @@ def _change_weights(model, file, name):
                          'its config.json names another model than it was made with')
     model.load_state_dict(weights, strict=False)
 
-
+# %% ../nbs/20_embed.ipynb #4b3f7acd
 def merge_adapter(
     base: Encoder, # that the adapters were made for
     folder: str | Path, # holds adapter_model.safetensors and adapter_config.json
@@ -406,7 +406,7 @@ def load_audio(
     asr = load_asr('faster-whisper', model, threads=1)
     return partial(whisper_windows, asr), whisper_dim(asr), dict(audio=f'whisper {model}', audio_sha256=asr.settings()['weights_sha256'])
 
-# %% ../nbs/20_embed.ipynb #860e3151
+# %% ../nbs/20_embed.ipynb #87d4c3b7
 def store_schema(
     dims: dict[str, int], # modality → D
     provenance: dict,
@@ -418,7 +418,7 @@ def store_schema(
     columns += [pa.field('error', pa.string()), pa.field('inputs', pa.string())]
     return pa.schema(columns, metadata={b'hatemm': json.dumps(provenance, sort_keys=True).encode()})
 
-
+# %% ../nbs/20_embed.ipynb #389f109e
 class FeatureStore:
     "Features of clips on disk: `clip_id`, per modality a ragged (T, D) and its times."
 
@@ -867,7 +867,7 @@ class _RayEncoder:
         vectors, times = self.audio(np.frombuffer(data, np.float32))
         return json.dumps([vectors.tolist(), times]).encode()
 
-# %% ../nbs/20_embed.ipynb #d9ea02c5
+# %% ../nbs/20_embed.ipynb #cd1bdbba
 def ray_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]], # transcript by clip_id
@@ -906,7 +906,7 @@ def _gathered(batches, dim, audio):
             if end is not None and len(parts.get(r.clip_id, ())) == end.at:
                 yield _joined(parts.pop(r.clip_id, {}), ends.pop(r.clip_id), dim, audio)
 
-
+# %% ../nbs/20_embed.ipynb #eb7a53b7
 def _joined(parts, end, dim, audio):
     "The row of a clip, all of whose inputs are back."
     if end.error: return dict(clip_id=end.clip_id, error=end.error)
@@ -917,7 +917,7 @@ def _joined(parts, end, dim, audio):
     if audio: row |= dict(zip(('audio', 'audio_times'), json.loads(end.vector)))
     return row
 
-# %% ../nbs/20_embed.ipynb #24efe3d4
+# %% ../nbs/20_embed.ipynb #f439fa02
 def _asr_of(transcripts):
     "What `asr.asr_of` needs to load the recogniser that wrote some transcripts."
     named, params = transcripts[transcripts.model.astype(bool)], transcripts.attrs.get('params', {})
@@ -947,7 +947,7 @@ def _without_transcript(clips, transcripts, max_failed):
     if len(transcripts): check_failures(why, '20_embed', max_failed)
     return int(missing.sum())
 
-
+# %% ../nbs/20_embed.ipynb #4e3c378d
 def embed_clips(
     clips: pd.DataFrame, # clip_id, path, start, end
     transcripts: pd.DataFrame, # clip_id, segments
@@ -983,7 +983,7 @@ def embed_clips(
     print(f'{len(store)} clips in the store, {len(todo)} new, {failed} failed, {silent} without a transcript, {rate:.1f} clips/s')
     return store
 
-
+# %% ../nbs/20_embed.ipynb #45425463
 def _commit(store, results, hashes, commit_every, todo):
     "Write results as they come, some at a time; compact the store at the end."
     write = store.add if todo.isdisjoint(store.clip_ids()) else store.upsert
@@ -1026,7 +1026,7 @@ class Features:
         keep = lambda d: {k: v for k, v in d.items() if k in modalities}
         return replace(self, arrays=keep(self.arrays), masks=keep(self.masks), times=keep(self.times))
 
-# %% ../nbs/20_embed.ipynb #683da9e4
+# %% ../nbs/20_embed.ipynb #890564f3
 def _pad(column, dim):
     "An Arrow column of ragged (T, D) as a padded array and its mask."
     column = column.combine_chunks()
@@ -1057,7 +1057,7 @@ def _folds_of(clips, splits, checkpoint, all_folds):
         if not folds: raise InputError(f"fold {checkpoint['fold']}, for which the encoder was fine-tuned, is not in the splits; run 30_finetune again")
     return np.stack([part_of_clips(clips.reset_index(), splits, fold) for fold in folds])
 
-
+# %% ../nbs/20_embed.ipynb #55feae45
 def _read_store(path, all_folds):
     store = open_store(path)
     table, clips = _good_rows(store)
@@ -1241,7 +1241,7 @@ def pool_features(
     length = np.where(mask.any(1), np.linalg.norm(total, axis=1), 0)
     with np.errstate(invalid='ignore', divide='ignore'): return total/length[:, None]
 
-# %% ../nbs/20_embed.ipynb #7ddad272
+# %% ../nbs/20_embed.ipynb #a282af47
 def nearest_clips(
     features: 'Features',
     modality: str = 'image',
@@ -1258,7 +1258,7 @@ def nearest_clips(
     rows[have, :most], cosines[have, :most] = have[nearest], 1 - distances
     return rows, cosines
 
-
+# %% ../nbs/20_embed.ipynb #28e3ad3e
 def pair_cosines(
     features: 'Features',
     modality: str = 'image',
@@ -1272,7 +1272,7 @@ def pair_cosines(
     labels = features.labels[have]
     return (vectors[have] @ vectors[have].T)[first, second], labels[first] == labels[second]
 
-
+# %% ../nbs/20_embed.ipynb #e565736a
 def plot_similarity(
     features: 'Features',
     modality: str = 'image',
@@ -1392,7 +1392,7 @@ def _turns(contenders, repeats):
             took[name].append((time.perf_counter() - began, time.process_time() - busy))
     return {name: min(times) for name, times in took.items()}
 
-# %% ../nbs/20_embed.ipynb #bf540a65
+# %% ../nbs/20_embed.ipynb #02258547
 def _long_video(path, seconds, rate=5, group=10):
     "A 720p video of any length in no time: ten seconds are encoded, and their packets written again and again."
     import av
@@ -1425,7 +1425,7 @@ def _embed_alone(path, seconds):
     rows = list(embed_images(clip, load_encoder(), workers=2))
     print(len(rows[0]['image']), _peak_megabytes())
 
-
+# %% ../nbs/20_embed.ipynb #e667b66e
 def bench_memory(
     lengths: tuple = (60, 7200), # s
 ) -> list[dict]: # what, value, unit
@@ -1442,7 +1442,7 @@ def bench_memory(
     rows.append(dict(what='memory: the longer over the shorter', value=round(rows[-1]['value'] - rows[0]['value'], 1), unit='MB'))
     return rows
 
-# %% ../nbs/20_embed.ipynb #cc985108
+# %% ../nbs/20_embed.ipynb #a1882b27
 def bench_embed(
     encoder: str = 'ViT-B-32', # an architecture; random weights
     videos: int = 2, # that are made
@@ -1475,7 +1475,7 @@ def bench_embed(
                f'720p H.264 at {kilobits:.0f} kbit/s, {len(_window_tokens(clips[:1], fast))} text windows a clip')
     return dict(name='embed', machine=machine, rows=rows, ratios={k: round(v, 3) for k, v in ratios.items()})
 
-
+# %% ../nbs/20_embed.ipynb #9c1fb5c6
 def _time_embedding(clips, plain, fast, workers, folder, repeats):
     "Times of four ways, and CPU seconds of the parts before and after them, of which the smaller count."
     ours = lambda clips, decoded=None: lambda: _batched(clips, fast, workers, folder, decoded)

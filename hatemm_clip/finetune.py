@@ -894,7 +894,7 @@ def _memory_mb(device):
     import psutil
     return psutil.Process().memory_info().rss/2**20
 
-# %% ../nbs/30_finetune.ipynb #af4b6183
+# %% ../nbs/30_finetune.ipynb #ed49c7a6
 def finetune(
     data: ClipData,
     parts: np.ndarray, # train, val or anything else, str, shape (N,); the rest is not touched
@@ -931,7 +931,7 @@ def _read_finished(folder, key):
     _same_key(folder, done['key'], key)
     return Finetuned(folder, pd.DataFrame(done['history']), done['data'], done['parameters'], done['untrained'], found=True)
 
-
+# %% ../nbs/30_finetune.ipynb #a704b5e7
 def _about(session, encoder):
     "What config.json says of every checkpoint of a fine-tuning."
     from hatemm_clip import __version__
@@ -1031,7 +1031,7 @@ def plot_history(
     axes[0].figure.subplots_adjust(wspace=.25)
     return axes
 
-# %% ../nbs/30_finetune.ipynb #a72fa6ca
+# %% ../nbs/30_finetune.ipynb #9092f039
 def _store_of(run, name, which): return Path(run)/f'features-{name}-{which}.lance'
 
 
@@ -1059,7 +1059,7 @@ def _split_outputs(result, n, schema):
             row[f'{m}_times'] = [float(t) for t in result.get(f'{m}_times', [])]
         yield pa.Table.from_pylist([row], schema)
 
-
+# %% ../nbs/30_finetune.ipynb #e71c2beb
 def embed_with(
     clips: pd.DataFrame, # clip_id, path, start, end
     transcripts: pd.DataFrame, # clip_id, text, segments
@@ -1101,7 +1101,7 @@ def _made_of(clips, transcripts, fps, overlap):
 
 def _finished(store): return {c for c, error in zip(store.column('clip_id'), store.column('error')) if not error}
 
-
+# %% ../nbs/30_finetune.ipynb #4a8571d5
 def _fill(stores, results, commit_every):
     "Commit results to the stores, some clips at a time."
     schema, waiting = stores[0].table.schema.remove_metadata(), []
@@ -1113,7 +1113,7 @@ def _fill(stores, results, commit_every):
         if len(waiting) == commit_every: commit()
     commit()
 
-# %% ../nbs/30_finetune.ipynb #20b9e6e4
+# %% ../nbs/30_finetune.ipynb #f3aba212
 def embed_folds(
     run_dir: str | Path, # holds clips, transcripts, splits and finetune/NAME/
     name: str, # of the fine-tuning
@@ -1134,7 +1134,7 @@ def embed_folds(
     opened = embed_with(clips, transcripts, dict(stores.values()), fps, overlap, workers=workers)
     return {which: opened[path] for which, (path, _) in stores.items()}
 
-
+# %% ../nbs/30_finetune.ipynb #b25c6d79
 def read_folds(
     run_dir: str | Path, # after `embed_folds`
     name: str, # of the fine-tuning
@@ -1155,7 +1155,7 @@ def read_folds(
     if not found: raise InputError(f"{run}: no features-{name}-fold*.lance; run the stage 30_finetune")
     return found
 
-
+# %% ../nbs/30_finetune.ipynb #85a7bb54
 def on_fold(
     features: Features, # of all clips
     splits: pd.DataFrame, # SPLITS
@@ -1232,7 +1232,7 @@ def _print_summary(name, done, audited, seconds, cpu):
           f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}; with all else {seconds:.0f} s now")
     for tower in sorted(untrained): print(f"nothing to train the {tower} tower on: it stayed as it was")
 
-# %% ../nbs/30_finetune.ipynb #e9c8bcc8
+# %% ../nbs/30_finetune.ipynb #9455bcef
 def bench_finetune(
     encoder: str = 'hatemm-tiny', # an architecture of open_clip
     pretrained: str = 'demo', # its weights; '' for random ones
@@ -1270,7 +1270,7 @@ def _noise_clips(size, n, num_frames):
     ids = np.arange(n).astype(str)
     return ClipData(ids, ids, np.arange(n) % 2, frames, np.full(n, num_frames), said, ['0', '1'])
 
-
+# %% ../nbs/30_finetune.ipynb #eed9e422
 def _one_frame_clips(data):
     "Each frame as a clip of its own, with all that is said in its clip."
     clip = np.repeat(np.arange(len(data)), data.frames.shape[1])

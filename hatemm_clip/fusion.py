@@ -316,7 +316,7 @@ class CrossModalFusion(Head):
         both = torch.cat([rows[self.asking], seen], dim=2)
         return self.out(self.dropout(F.relu(self.hidden(masked_mean(both, mask[self.asking])))))
 
-# %% ../nbs/40_fusion.ipynb #714af963
+# %% ../nbs/40_fusion.ipynb #d7514163
 class MeanLinear(Head):
     "A linear layer on the concatenated means."
     prepare = staticmethod(pool_features)
@@ -325,7 +325,7 @@ class MeanLinear(Head):
 
     def fuse(self, tokens, mask): return self.out(self.means(tokens, mask))
 
-
+# %% ../nbs/40_fusion.ipynb #a9c34bc2
 def fixed_frame(
     clip_id: str, # any name
     num_frames: int, # frames to choose from
@@ -333,7 +333,7 @@ def fixed_frame(
     "Frame that a clip's name chooses, the same in every process."
     return int(hashlib.sha256(clip_id.encode()).hexdigest(), 16) % int(num_frames)
 
-
+# %% ../nbs/40_fusion.ipynb #19f381c5
 def pick_frames(
     features: Features, # padded tokens
 ) -> Features: # one token a clip
@@ -346,12 +346,12 @@ def pick_frames(
         arrays[m], masks[m] = x[rows, chosen][:, None], mask[rows, chosen][:, None]
     return dataclasses.replace(features, arrays=arrays, masks=masks)
 
-
+# %% ../nbs/40_fusion.ipynb #425b2506
 class RandomFrame(MeanLinear):
     "A linear layer on one fixed random frame."
     prepare = staticmethod(pick_frames)
 
-
+# %% ../nbs/40_fusion.ipynb #1b49a54d
 def sinusoid(
     num_positions: int, # T
     width: int, # W
@@ -362,7 +362,7 @@ def sinusoid(
     angle = torch.arange(num_positions, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]
 
-
+# %% ../nbs/40_fusion.ipynb #6c82e19d
 class FrameTransformer(Head):
     "One encoder layer over tokens with positions, then their mean."
     width = 64
@@ -377,7 +377,7 @@ class FrameTransformer(Head):
         present = torch.cat([mask[m] for m in tokens], dim=1)
         return self.out(masked_mean(self.encoder(torch.cat(rows, dim=1), present), present))
 
-# %% ../nbs/40_fusion.ipynb #99d513f2
+# %% ../nbs/40_fusion.ipynb #4bf5a88f
 class LinearProbe(Head):
     "A linear layer on means of one length."
     prepare = staticmethod(pool_features)
@@ -388,7 +388,7 @@ class LinearProbe(Head):
         means = [F.normalize(self.pooled(t, mask[m]), dim=1) * math.sqrt(t.shape[2]) for m, t in tokens.items()]
         return self.out(torch.cat(means, dim=1))
 
-
+# %% ../nbs/40_fusion.ipynb #4ac5b11c
 class LateFusion(Head):
     "A classifier a modality; logits averaged with learned weights."
     prepare = staticmethod(pool_features)
@@ -405,7 +405,7 @@ class LateFusion(Head):
 
 MODALITY_DROPOUT = .2  # chance that GatedFusion hides a modality of a clip while it trains
 
-
+# %% ../nbs/40_fusion.ipynb #13292e9b
 class GatedFusion(Head):
     "Modalities weighed per clip, with modality dropout."
     width = 64
@@ -762,7 +762,7 @@ def take_members(
     some = lambda arrays, at: {name: a[at] for name, a in arrays.items()}
     return Members(members.head, members.params[at], some(members.buffers, at), members.epoch[index], members.val_loss[index], some(members.history, index))
 
-# %% ../nbs/40_fusion.ipynb #0c72fc77
+# %% ../nbs/40_fusion.ipynb #e0032a29
 def join_features(
     a: Features, # some clips
     b: Features, # others, with the same modalities
@@ -780,7 +780,7 @@ def join_features(
 
 def _softmax(logits): return torch.softmax(torch.as_tensor(logits), -1).numpy()
 
-
+# %% ../nbs/40_fusion.ipynb #bec9778f
 def bagged_threshold(
     labels, # 0 or 1, of a validation part, shape (N,)
     probs, # P(label 1), shape (N,)
@@ -798,7 +798,7 @@ def bagged_threshold(
     usable = (positive * negative).ravel() > 0
     return float(cuts[f1[usable].argmax(1)].mean())
 
-
+# %% ../nbs/40_fusion.ipynb #4a4ba558
 def choose_calibration(
     labels, # int, of a validation part, shape (N,)
     probs, # shape (N, C)
@@ -1041,7 +1041,7 @@ def run_name(
     "Name of a run in a `predictions` table."
     return f"{head}:{'+'.join(sorted(modalities))}"
 
-# %% ../nbs/40_fusion.ipynb #792d0706
+# %% ../nbs/40_fusion.ipynb #dc5506ee
 def crossval(
     features: Features, # with `split`
     heads='BinaryClassifier', # a name in HEADS or REFERENCES, several, or all
@@ -1081,7 +1081,7 @@ def _chosen_heads(heads, modalities, features):
     one_token = all(features.masks[m].shape[1] == 1 for m in modalities if m in features.masks)
     return [*REFERENCES, *(h for h in fitting_heads(modalities) if not (one_token and h == 'RandomFrame'))]  # of one token it is `MeanLinear`
 
-
+# %% ../nbs/40_fusion.ipynb #240f37e4
 def _crossval_run(features, per_fold, head, modalities, seeds, grid, seed, params):
     "Predictions and learning curves of one head on one set of modalities."
     missing = [m for m in modalities if m not in features.arrays and m not in per_fold]
@@ -1263,7 +1263,7 @@ def compare_protocols(
     tables = [crossval(with_protocol(features, p, splits), head, ['+'.join(names)], **params).assign(run=p, fold=0) for p in protocols]
     return paired_difference(pd.concat(tables), protocols[0], protocols[1], metrics)
 
-# %% ../nbs/40_fusion.ipynb #95f9cf41
+# %% ../nbs/40_fusion.ipynb #34795c2d
 def crossval_summary(
     predictions: pd.DataFrame, # from `crossval`
     metrics=None, # names; None: all
@@ -1279,7 +1279,7 @@ def crossval_summary(
         summary.setdefault(head, {}).setdefault(modalities, {})[row.metric] = values
     return summary
 
-
+# %% ../nbs/40_fusion.ipynb #6a4e9705
 def compare_heads(
     predictions: pd.DataFrame, # from `crossval`
     metric: str = 'auroc', # that is compared
@@ -1302,7 +1302,7 @@ def _compare(predictions, metrics, baseline, n):
     against = {m: t.assign(p_holm=adjust_holm(t.p)) for m, t in against.items()}
     return {m: found[found.metric == m].set_index('run')[['mean', 'sd_seeds', 'low', 'high']].join(against[m]) for m in metrics}
 
-
+# %% ../nbs/40_fusion.ipynb #ea93a9e9
 def head_table(
     predictions: pd.DataFrame, # from `crossval`
     metrics=('macro_f1', 'auroc'), # names
@@ -1312,7 +1312,7 @@ def head_table(
     "Runs by metrics, each against a baseline."
     return pd.concat({m: t[['mean', 'low', 'high', 'delta', 'p_holm']] for m, t in _compare(predictions, list(metrics), baseline, n).items()}, axis=1)
 
-
+# %% ../nbs/40_fusion.ipynb #845e9975
 def plot_heads(
     table: pd.DataFrame, # from `compare_heads`
     metric: str = 'auroc', # its name
@@ -1420,7 +1420,7 @@ def combine_heads(
     averages = [blend_runs(predictions, list(predictions.run[modalities == m].unique()), run_name('AllHeads', [m])) for m in modalities.unique()]
     return pd.concat([predictions, choose_runs(predictions), *averages], ignore_index=True)
 
-# %% ../nbs/40_fusion.ipynb #0f7dc734
+# %% ../nbs/40_fusion.ipynb #45f47f14
 def save_bundle(
     folder: str | Path, # gets model.safetensors and config.json
     model: FusionClassifier, # fitted
@@ -1444,7 +1444,7 @@ def save_bundle(
         os.replace(part, folder/name)
     return folder
 
-
+# %% ../nbs/40_fusion.ipynb #e87710c4
 def read_config(
     folder: str | Path, # a bundle
 ) -> dict: # its config.json
@@ -1457,7 +1457,7 @@ def read_config(
     if lacking: raise InputError(f"{path}: lacks {', '.join(lacking)}; write the bundle again")
     return config
 
-
+# %% ../nbs/40_fusion.ipynb #8b795f4a
 def load_bundle(
     folder: str | Path, # that `save_bundle` wrote
     device: str = 'cpu', # cpu or cuda
@@ -1554,7 +1554,7 @@ def crossval_folds(
     if len(features) == 1 and len(features[0].split) > 1: return crossval(features[0], *args, **kwargs)
     return pd.concat([crossval(f, *args, **kwargs).assign(fold=f.provenance['fold']) for f in features], ignore_index=True)
 
-# %% ../nbs/40_fusion.ipynb #8ceda329
+# %% ../nbs/40_fusion.ipynb #df15835a
 def fit_run_bundle(
     run_dir: str | Path, # gets bundle/
     features: Features, # that all folds share
@@ -1572,7 +1572,7 @@ def fit_run_bundle(
     shutil.copytree(find_checkpoint(run/'finetune'/finetuned/'single'), run/'bundle'/'encoder', dirs_exist_ok=True)
     return model
 
-
+# %% ../nbs/40_fusion.ipynb #ef74f9a1
 def best_head(
     predictions: pd.DataFrame, # from `crossval`
     modalities: str, # such as image+text
@@ -1582,7 +1582,7 @@ def best_head(
     names = [h for h in HEADS if run_name(h, modalities.split('+')) in losses.index]
     return min(names, key=lambda h: losses[run_name(h, modalities.split('+'))])
 
-
+# %% ../nbs/40_fusion.ipynb #8927e0d0
 def run_fusion(
     run_dir: str | Path, # holds the features; gets predictions.parquet and bundle/
     head: str = 'BinaryClassifier', # names of heads with commas, or all

@@ -180,7 +180,7 @@ def _file_hashes(stage, parameters):
     if stage == '00_data' and parameters.get('dataset', 'demo') != 'demo': names.append('data_dir')
     return {n: fingerprint(parameters[n]) for n in names if os.path.exists(parameters.get(n, ''))}
 
-# %% ../nbs/95_pipeline.ipynb #e9cc1f28
+# %% ../nbs/95_pipeline.ipynb #d318683e
 def runnable(
     notebook: str | Path,
 ):  # a notebook node
@@ -221,7 +221,7 @@ def _terminal():
     os.environ['HATEMM_PROGRESS'] = '1'
     return sys.stderr
 
-
+# %% ../nbs/95_pipeline.ipynb #a1119e4e
 def _summary(nb):
     "The last line that a stage printed."
     printed = [o.text for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream' and o.name == 'stdout']
@@ -254,7 +254,7 @@ def _outputs(stage, out): return [path for pattern in STAGES[stage] for path in 
 def _remove_outputs(stage, out):
     for path in _outputs(stage, out): shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/95_pipeline.ipynb #1fb824d2
+# %% ../nbs/95_pipeline.ipynb #e9d76201
 def run_pipeline(
     params_file: str | Path, # .yml
     out: str | Path | None = None, # the run's folder; None: runs/NAME, after the file
@@ -295,7 +295,7 @@ def _run_stages(params, notebooks, out, only, start, force, echo):
         made.append(log['stages'].get(stage, {}).get('made', ''))
     return out
 
-
+# %% ../nbs/95_pipeline.ipynb #c32fca95
 def _run_stage(stage, key, parameters, notebooks, out, log, echo):
     "Run a stage, or go on with it where it was killed, and log it."
     known = log['stages'].get(stage, {})
@@ -410,7 +410,7 @@ def score(
     for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
 
-# %% ../nbs/95_pipeline.ipynb #3657ddbe
+# %% ../nbs/95_pipeline.ipynb #0c563656
 @app.command()
 def check(
     folder: str = typer.Argument(..., help="A data set's folder."),
@@ -426,7 +426,7 @@ def check(
     if json_file != '-': print(format_report(report))
     if report['errors']: raise typer.Exit(1)
 
-
+# %% ../nbs/95_pipeline.ipynb #c4d146c7
 @app.command()
 def crossval(
     features: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'),
@@ -462,7 +462,7 @@ def _splits_of(run):
     from hatemm_clip.data import read_table
     return read_table(run/'splits.parquet') if (run/'splits.parquet').is_file() else None
 
-
+# %% ../nbs/95_pipeline.ipynb #79a0c9e7
 def _write_crossval(predictions, features, out, **settings):
     "The predictions as a table, and their picture beside it."
     import matplotlib

@@ -458,7 +458,7 @@ def _attacked_sound(clips, names, encoder, overlap, seed, asr):
         found[name] = {c: w['text'] for c, w in embed_transcripts(heard, encoder, overlap).items()}
     return found
 
-# %% ../nbs/50_robust.ipynb #fd30d00e
+# %% ../nbs/50_robust.ipynb #00be92fc
 def _put_tokens(features, modality, tokens):
     "Features with the tokens of some clips replaced: clip id → float32 (T, D)."
     width = max([features.masks[modality].shape[1], *(len(t) for t in tokens.values())])
@@ -500,7 +500,7 @@ def embed_attacks(
               'text': _attacked_texts(transcripts, pick(TEXT_ATTACKS), encoder, made['overlap'], seed, keywords) | _attacked_sound(clips, pick(['sound']), encoder, made['overlap'], seed, asr)}
     return {name: _put_tokens(features, m, tokens[m][name]) for name in names for m in tokens if name in tokens[m]}
 
-
+# %% ../nbs/50_robust.ipynb #0f761e45
 def _keywords_of(features, run_dir):
     "Keywords of the run's transcripts."
     text = read_table(Path(run_dir)/'transcripts.parquet').set_index('clip_id').text
@@ -575,7 +575,7 @@ def recipe_rows(
     copies = np.array([names.index(c) for c in recipe.copies])[np.arange(extra) % len(recipe.copies)]
     return np.concatenate([rows, copies * len(labels) + picked])
 
-# %% ../nbs/50_robust.ipynb #4e044c3f
+# %% ../nbs/50_robust.ipynb #b1875d35
 WARM_EPOCHS = 10  # epochs of a warm start
 WARM_LR = .3  # of the learning rate from scratch
 
@@ -613,7 +613,7 @@ def _loss(head, smoothing, row, buffers, x, mask, labels, weight):
     losses = F.cross_entropy(functional_call(head, (named, buffers), (x, mask)), labels, reduction='none', label_smoothing=smoothing)
     return (losses * weight).sum() / weight.sum()
 
-
+# %% ../nbs/50_robust.ipynb #43c4e7e4
 def _shuffled(plan, labels, batch_size, epoch):
     "Batches of rows and balanced class weights of one epoch: int (M, B), float (M, B)."
     orders = [np.random.default_rng([m.seed, epoch]).permutation(m.train) for m in plan]
@@ -690,7 +690,7 @@ def _table(features, k, name, part, rows, tests, seeds, probs, temperature, thre
         video_id=clip(features.groups.astype(object)), part=part, label=clip(features.labels), prob=probs.reshape(-1), weight=1., threshold=spread(threshold, c * n),
         threshold_tuned=spread(tuned, n), temperature=spread(temperature, c * n)))
 
-# %% ../nbs/50_robust.ipynb #321ad60a
+# %% ../nbs/50_robust.ipynb #23f4a2e8
 ROBUST_DEFAULTS = dict(hidden=32, label_smoothing=.1)  # of the networks, where nothing else is asked for
 
 
@@ -732,7 +732,7 @@ def run_matrix(
             tables += [_table(features, k, name, p, parts[p], test, numbers, scaled[p], *chosen) for p in ('val', 'test')]
     return pd.concat(tables, ignore_index=True).assign(run=run)[['run', *tables[0].columns]]
 
-
+# %% ../nbs/50_robust.ipynb #a12ccf86
 def _with_bar(items, progress):
     if not progress: return items
     from tqdm.auto import tqdm
@@ -888,7 +888,7 @@ def split_gain(
     columns = {'macro-F1, clean threshold': 'macro_f1_clean_threshold', 'macro-F1, tuned threshold': 'macro_f1_tuned', 'AUROC': 'auroc'}
     return pd.DataFrame({name: table.apply(text, axis=1, what=f'delta_{what}_vs_{versus}') for name, what in columns.items()})
 
-# %% ../nbs/50_robust.ipynb #1e4549bb
+# %% ../nbs/50_robust.ipynb #606e597f
 def plot_matrix(
     cells: list, # from `matrix_cells`
     value: str = 'auroc', # a key of the cells; colours, and the first line
@@ -907,7 +907,7 @@ def plot_matrix(
     plt.setp(ax.get_xticklabels(), rotation=30, ha='right', rotation_mode='anchor')
     return ax
 
-
+# %% ../nbs/50_robust.ipynb #774f08e4
 def plot_gains(
     cells: list, # from `matrix_cells`
     trains=None, # training conditions; None: all but normal and the controls

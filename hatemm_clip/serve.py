@@ -16,10 +16,10 @@ from .data import InputError, MediaError, probe, progress, read_audio
 from .embed import Features, embed_images, encode_texts, encoder_of, load_audio, text_windows
 from .fusion import explain, load_bundle
 
-# %% ../nbs/90_serve.ipynb #e44b12fc
+# %% ../nbs/90_serve.ipynb #fb49aaa6
 SCORABLE = ('image', 'text', 'audio')  # modalities that can be made from a file
 
-
+# %% ../nbs/90_serve.ipynb #fc918a18
 class Scorer:
     "A bundle with its encoder and speech recogniser, ready to score files."
 
@@ -85,7 +85,7 @@ class Scorer:
                     frames=[dict(time=round(float(t), 3), contribution=c) for t, c in zip(features.times['image'][0], effect('image'))],
                     modalities={m: round(float(v), 4) for m, v in told['modalities'].items()})
 
-
+# %% ../nbs/90_serve.ipynb #3ca3bcef
 def _one_clip(found):
     "Features of a single clip, rounded as in a store; a modality of no vectors is absent."
     arrays, masks, times = {}, {}, {}
