@@ -9,12 +9,13 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'find_ct2_model', 'find_openai_model', 'compression_ratio', 'is_stock_phrase', 'missed_speech',
            'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'asr_of',
            'plot_transcript', 'word_errors', 'word_error_rate', 'word_error_interval', 'write_srt', 'write_vtt',
-           'write_subtitles', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'transcribe_clips',
-           'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
+           'write_subtitles', 'write_jsonl', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'ray_shares',
+           'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
 
-# %% ../nbs/10_asr.ipynb #0a2bdb25
+# %% ../nbs/10_asr.ipynb #f7b7bf89
 import html
 import json
+import logging
 import os
 import platform
 import re
@@ -617,7 +618,7 @@ def word_error_interval(
     low, high = np.quantile(rates, [(1 - level)/2, (1 + level)/2])
     return float(low), float(high)
 
-# %% ../nbs/10_asr.ipynb #ad70d303
+# %% ../nbs/10_asr.ipynb #8459f261
 def _stamp(seconds, mark):
     ms = round(seconds*1000)
     return f'{ms//3_600_000:02d}:{ms//60_000%60:02d}:{ms//1000%60:02d}{mark}{ms%1000:03d}'
@@ -657,6 +658,15 @@ def write_subtitles(
         name = re.sub(r'[^\w.-]', '_', row.clip_id)
         write(row.segments, folder/f'{name}.{kind}')
     return folder
+
+
+def write_jsonl(
+    transcripts: pd.DataFrame,
+    path: str | Path,
+) -> Path: # `path`
+    "Write transcripts as JSON, a line a clip."
+    transcripts.to_json(path, orient='records', lines=True, force_ascii=False)
+    return Path(path)
 
 # %% ../nbs/10_asr.ipynb #eed44083
 GROUP_SECONDS = 60.  # s of sound in a group, for each window of a batch
@@ -720,13 +730,14 @@ def store_lock(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/10_asr.ipynb #30387f49
+# %% ../nbs/10_asr.ipynb #d07c78bc
 ENGINES = ('local', 'ray')
 
 
 def start_ray():  # the module ray.data
     "Attach to the Ray cluster that is up, or start Ray on this machine."
     os.environ.setdefault('RAY_raylet_start_wait_time_s', '120')  # 30 s are too few on a busy machine
+    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')  # it calls the usual an error
     try: import ray.data
     except ImportError as e: raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or take engine 'local'") from e
     import ray
@@ -735,7 +746,23 @@ def start_ray():  # the module ray.data
         raise InputError(f"Ray did not start ({str(e).splitlines()[0][:90]}); try again when the machine is less busy, "
                          "or take engine 'local'") from e
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger('ray.data').setLevel('ERROR')
     return ray.data
+
+
+def ray_shares(
+    workers: int, # actors
+    gpu: bool = False, # whether each needs one
+) -> tuple[dict, dict]: # options for the tasks that decode, options for the actors
+    "Share out the CPUs of Ray's cluster: were actors to take all of them, they would wait for their input for ever."
+    import ray
+    have = ray.cluster_resources()
+    half, gpus = have.get('CPU', 1)/2, int(have.get('GPU', 0))
+    if workers < 1: raise InputError(f'workers is {workers}; expected 1 or more')
+    if gpu and workers > gpus: raise InputError(f"workers is {workers}, each with a GPU, and Ray's cluster has {gpus}; ask for no more than that, or take the CPU")
+    a_part = lambda cpus: int(1000*min(1, cpus))/1000
+    tasks, actors = dict(num_cpus=a_part(half)), dict(num_gpus=1) if gpu else dict(num_cpus=a_part(half/workers))
+    return tasks, actors | dict(compute=ray.data.ActorPoolStrategy(size=workers))
 
 # %% ../nbs/10_asr.ipynb #f033f3b3
 def _ahead(pool, function, items, weights, most):
@@ -883,7 +910,7 @@ def read_transcripts(
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
 
-# %% ../nbs/10_asr.ipynb #03d28065
+# %% ../nbs/10_asr.ipynb #e876919f
 def _ray_sounds(batch):
     "The task on a CPU: the sound of a group's clips."
     pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
@@ -918,9 +945,9 @@ def _ray_groups(asr, groups, workers):
     settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size,
                     language=asr.language, batch_size=asr.batch_size, vad_threshold=asr.vad_threshold)
     table = pd.DataFrame([dict(group=g, clips=json.dumps([_plain_clip(c) for c in members])) for g, members in groups.items()])
-    sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1)
-    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1,
-                              compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if asr.device == 'cuda' else 0)
+    tasks, actors = ray_shares(workers, asr.device == 'cuda')
+    sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1, **tasks)
+    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1, **actors)
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 

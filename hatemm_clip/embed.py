@@ -9,10 +9,11 @@ __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', '
            'mel_filters', 'mfcc', 'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'store_schema',
            'FeatureStore', 'open_store', 'frame_plan', 'read_inputs', 'embed_items', 'embed_images',
            'embed_transcripts', 'ray_items', 'embed_clips', 'Features', 'read_features', 'features_info', 'format_info',
-           'export_features', 'zero_shot', 'pool_features', 'nearest_clips', 'pair_cosines', 'plot_similarity',
-           'bench_memory', 'bench_embed', 'bench_store', 'plan_cost', 'demo_run']
+           'export_features', 'zero_shot', 'pool_features', 'nearest_clips', 'pair_cosines', 'similarity_map',
+           'plot_similarity', 'plot_similarity_map', 'bench_memory', 'bench_embed', 'bench_store', 'plan_cost',
+           'demo_run']
 
-# %% ../nbs/20_embed.ipynb #665c91fb
+# %% ../nbs/20_embed.ipynb #67697dfd
 import hashlib
 import json
 import os
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 
 from .data import (SR, InputError, check_failures, file_sha256, iter_frames, part_of_clips, probe, progress, read_audio,
                               read_frames, read_table, sample_times, table_hash)
-from .asr import ENGINES, start_ray, store_lock
+from .asr import ENGINES, ray_shares, start_ray, store_lock
 from .tiny_clip import NAME as TINY, encode_prompts, register_tiny
 
 # %% ../nbs/20_embed.ipynb #ea057bbf
@@ -867,7 +868,7 @@ class _RayEncoder:
         vectors, times = self.audio(np.frombuffer(data, np.float32))
         return json.dumps([vectors.tolist(), times]).encode()
 
-# %% ../nbs/20_embed.ipynb #cd1bdbba
+# %% ../nbs/20_embed.ipynb #99fcf47b
 def ray_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]], # transcript by clip_id
@@ -886,12 +887,12 @@ def ray_items(
         path=[str(Path(p).resolve()) for p in clips.path],
         segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
     light = Encoder(**dict(vars(encoder), model=None))  # what tasks need of it
+    tasks, actors = ray_shares(workers, encoder.device.startswith('cuda'))
     inputs = data.from_pandas(table).repartition(max(workers, len(table)//8)).map_batches(
-        _ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas')
-    actor_options = (encoder.name, encoder.pretrained, encoder.device, encoder.precision, batch_size, audio)
+        _ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas', **tasks)
+    made_with = (encoder.name, encoder.pretrained, encoder.device, encoder.precision, batch_size, audio)
     done = inputs.map_batches(
-        _RayEncoder, fn_constructor_args=actor_options, batch_size=batch_size, batch_format='pandas',
-        compute=data.ActorPoolStrategy(size=workers), num_gpus=1 if encoder.device.startswith('cuda') else 0)
+        _RayEncoder, fn_constructor_args=made_with, batch_size=batch_size, batch_format='pandas', **actors)
     yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dim, bool(audio))
 
 
@@ -1258,21 +1259,39 @@ def nearest_clips(
     rows[have, :most], cosines[have, :most] = have[nearest], 1 - distances
     return rows, cosines
 
-# %% ../nbs/20_embed.ipynb #28e3ad3e
+# %% ../nbs/20_embed.ipynb #472d2b1f
+def _some_clips(features, modality, most):
+    "Mean vectors of clips that have the modality, and their labels; of more than `most`, every n-th."
+    vectors = pool_features(features, modality)
+    have = np.flatnonzero(np.isfinite(vectors).all(1))
+    have = have[::max(1, -(-len(have)//most))]
+    return vectors[have], features.labels[have]
+
+
 def pair_cosines(
     features: 'Features',
     modality: str = 'image',
     most: int = 2000, # clips; of more, every n-th is taken
 ) -> tuple[np.ndarray, np.ndarray]: # cosine of each pair of clips, (P,); whether they share the label, bool (P,)
     "Compare every clip with every other one."
-    vectors = pool_features(features, modality)
-    have = np.flatnonzero(np.isfinite(vectors).all(1))
-    have = have[::max(1, -(-len(have)//most))]
-    first, second = np.triu_indices(len(have), 1)
-    labels = features.labels[have]
-    return (vectors[have] @ vectors[have].T)[first, second], labels[first] == labels[second]
+    vectors, labels = _some_clips(features, modality, most)
+    first, second = np.triu_indices(len(vectors), 1)
+    return (vectors @ vectors.T)[first, second], labels[first] == labels[second]
 
-# %% ../nbs/20_embed.ipynb #e565736a
+
+def similarity_map(
+    features: 'Features',
+    modality: str = 'image',
+    most: int = 500, # clips; of more, every n-th is taken
+) -> tuple[np.ndarray, np.ndarray]: # cosines, (M, M); labels, (M,)
+    "Compare clips label by label; within a label, those that are alike stand side by side."
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    vectors, labels = _some_clips(features, modality, most)
+    together = lambda rows: rows[leaves_list(linkage(vectors[rows], 'average'))] if len(rows) > 2 else rows
+    order = np.concatenate([together(np.flatnonzero(labels == label)) for label in np.unique(labels)])
+    return vectors[order] @ vectors[order].T, labels[order]
+
+# %% ../nbs/20_embed.ipynb #1c13390f
 def plot_similarity(
     features: 'Features',
     modality: str = 'image',
@@ -1289,6 +1308,29 @@ def plot_similarity(
     ax.set(title=title, xlabel='cosine of two clips', ylabel='density')
     ax.spines[['right', 'top']].set_visible(False)
     ax.legend(frameon=False)
+    return ax
+
+
+def plot_similarity_map(
+    features: 'Features',
+    modality: str = 'image',
+    ax=None,
+):
+    "Draw the cosine of every two clips, label by label; returns the axes."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(4.5, 4))[1]
+    cosines, labels = similarity_map(features, modality)
+    picture = ax.imshow(cosines, interpolation='none')
+    ax.figure.colorbar(picture, ax=ax, label='cosine', shrink=.8)
+    present, counts = np.unique(labels, return_counts=True)
+    ends = counts.cumsum()
+    for end in ends[:-1] - .5:
+        ax.axhline(end, color='w', lw=1)
+        ax.axvline(end, color='w', lw=1)
+    ax.set_xticks(ends - counts/2 - .5, [features.label_names[i] for i in present])
+    ax.set_yticks(ends - counts/2 - .5, [features.label_names[i] for i in present], rotation=90, va='center')
+    ax.set_title(modality)
+    ax.tick_params(length=0)
     return ax
 
 # %% ../nbs/20_embed.ipynb #28a56522

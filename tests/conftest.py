@@ -18,6 +18,14 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope='session')
+def on_ray():
+    "Ray with as many CPUs as this machine has, as a stage starts it, and an end to it."
+    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def hatemm():
     "Run the `hatemm` command; gives the finished process."

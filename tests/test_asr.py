@@ -18,6 +18,7 @@ from hatemm_clip.asr import (
     word_errors, write_srt, write_subtitles, write_vtt)
 from hatemm_clip.data import SR, InputError, prepare_data, read_audio, read_table
 from hatemm_clip.demo import make_corpus, random_sentence, read_truth, speak
+from killing import killing_actor
 
 GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
 
@@ -218,35 +219,23 @@ def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
 
 
 RUN = """
-import os, signal, sys, time
-import numpy as np, pandas, faster_whisper.vad, filelock, pyarrow.parquet, tqdm
+import sys, time
+import faster_whisper.vad, filelock, pyarrow.parquet, tqdm
 from hatemm_clip import asr as module
 from hatemm_clip.data import read_table
-clips, target = read_table(sys.argv[1]), sys.argv[2]
+from killing import kill_runs
+clips, append = read_table(sys.argv[1]), module._append
 
-def run():
+def slowly(*args):
+    time.sleep(.1)
+    append(*args)
+
+def run(ready):
     asr = module.load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
-    os.write(ready, b'.')
-    append = module._append
-    def slowly(*args):
-        time.sleep(.1)
-        append(*args)
     module._append = slowly
-    module.transcribe_clips(clips, target, asr=asr)
-
-rng, killed = np.random.default_rng(0), 0
-for _ in range(10):
-    started, ready = os.pipe()
-    child = os.fork()  # the imports, most of the time of a run, are done
-    if not child:
-        try: run()
-        finally: os._exit(0)
-    os.close(ready)
-    assert os.read(started, 1) == b'.'
-    time.sleep(rng.uniform(.05, 1.))
-    os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-print(killed)
+    ready()
+    module.transcribe_clips(clips, sys.argv[2], asr=asr)
+print(kill_runs(run))
 """
 
 
@@ -257,7 +246,7 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
     write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
     (tmp_path/'run.py').write_text(RUN)
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
-                          stdout=subprocess.PIPE, text=True, timeout=300)
+                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
     assert int(done.stdout.split()[-1]) >= 6
     options = dict(device='cpu', batch_size=1, threads=1)
     transcribe_clips(many, tmp_path/'killed', **options)
@@ -443,27 +432,9 @@ def test_subtitles_read_back(tmp_path):
 
 
 @pytest.mark.parametrize('kill', [False, True])
-def test_ray_gives_the_same_rows_also_when_an_actor_is_killed(kill, fast, corpus, tmp_path):
-    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
-    psutil = pytest.importorskip('psutil')
-    try: ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000, ignore_reinit_error=True)
-    except Exception as e: pytest.skip(f'Ray does not start on this machine now: {str(e)[:60]}')
-    clips, killed = corpus[0], []
-
-    def kill_one():
-        end = time.monotonic() + 90
-        while time.monotonic() < end and not killed:
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if '_RayAsr' in ' '.join(process.cmdline()) and process.cpu_times().user > .5: process.kill(); killed.append(process.pid); return
-                except psutil.Error: continue
-            time.sleep(.02)
-    thread = threading.Thread(target=kill_one)
-    if kill: thread.start()
-    got = transcribe_clips(clips, tmp_path/'ray', model='tiny.en', device='cpu', batch_size=1, threads=2, engine='ray')
-    if kill:
-        thread.join()
-        assert killed
-    expected = transcribe_clips(clips, tmp_path/'local', model='tiny.en', device='cpu', batch_size=1, threads=2)
+def test_ray_gives_the_same_rows_also_when_an_actor_is_killed(kill, corpus, tmp_path, on_ray):
+    options = dict(model='tiny.en', device='cpu', batch_size=1, threads=2)
+    expected = transcribe_clips(corpus[0], tmp_path/'local', **options)
+    with killing_actor('_RayAsr' if kill else 'nobody') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', **options, engine='ray')
     assert got.equals(expected) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
-    if kill: ray.shutdown()
+    assert len(killed) == kill

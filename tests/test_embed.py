@@ -23,6 +23,7 @@ from hatemm_clip import embed as module
 from hatemm_clip.embed import (
     CHUNK, Encoder, FeatureStore, _planned_frames, _rows, bench_embed, bench_memory, demo_run, embed_clips, embed_images, embed_items, encode_frames, encode_texts, export_features, features_info,
     format_info, frame_plan, load_encoder, open_store, preprocess_frames, read_features, read_inputs, store_lock, text_windows, with_precision)
+from killing import killing_actor
 
 
 @pytest.fixture(scope='module')
@@ -305,36 +306,24 @@ def test_bench_in_small():
 
 
 RUN = """
-import os, signal, sys, time
-import numpy as np, pydantic, pyarrow.dataset, torchvision.transforms.v2
+import sys, time
+import pydantic, pyarrow.dataset, torchvision.transforms.v2
 from hatemm_clip import embed as module
 from hatemm_clip.data import read_table
-encoder = module.load_encoder()
+from killing import kill_runs
+encoder, encode = module.load_encoder(), module.encode_frames
 clips, transcripts = (read_table(f'{sys.argv[1]}/{name}.parquet') for name in ('clips', 'transcripts'))
 
-def run(target):
-    encode = module.encode_frames
-    def slow(encoder, images):
-        time.sleep(.05)
-        return encode(encoder, images)
-    module.encode_frames = slow
-    import lancedb
-    os.write(ready, b'.')
-    module.embed_clips(clips, transcripts, target, encoder, batch_size=4, commit_every=3)
+def slowly(*args):
+    time.sleep(.05)
+    return encode(*args)
 
-rng, killed = np.random.default_rng(0), 0
-for _ in range(10):
-    heard, ready = os.pipe()
-    child = os.fork()  # the imports, most of the time of a run, are done
-    if not child:
-        try: run(sys.argv[2])
-        finally: os._exit(0)
-    os.close(ready)
-    assert os.read(heard, 1) == b'.'
-    time.sleep(rng.uniform(.05, 1.))
-    os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-print(killed)
+def run(ready):
+    import lancedb  # its threads would not live through a fork
+    module.encode_frames = slowly
+    ready()
+    module.embed_clips(clips, transcripts, sys.argv[2], encoder, batch_size=4, commit_every=3)
+print(kill_runs(run))
 """
 
 
@@ -359,7 +348,8 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(enc, tables, tmp_p
     (tmp_path/'run.py').write_text(RUN)
     expected = columns(embed_clips(clips, said, tmp_path/'calm.lance', enc, batch_size=4))
     target = tmp_path/'killed.lance'
-    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(folder), str(target)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(folder), str(target)], capture_output=True, text=True, timeout=300,
+                          env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
     killed = int(done.stdout.split()[-1])
     ids = open_store(target).clip_ids()  # what is there is whole, and once
     assert len(ids) == len(set(ids)) and set(ids) <= set(clips.clip_id)
@@ -455,37 +445,10 @@ def test_weights_that_do_not_fit_are_one_line(weights, config, told, tmp_path):
     assert '\n' not in str(e.value)
 
 
-def kill_an_actor(name, killed):
-    "Kill one of Ray's workers of that name, as soon as there is one."
-    psutil = pytest.importorskip('psutil')
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not killed:
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if name in ' '.join(process.cmdline()) and process.cpu_times().user > .5: process.kill(); killed.append(process.pid); return
-            except psutil.Error: continue
-        time.sleep(.02)
-
-
-@pytest.fixture(scope='module')
-def on_ray():
-    "Ray on this machine, and an end to it."
-    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
-    try: ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level='ERROR', object_store_memory=200_000_000)
-    except Exception as e: pytest.skip(f'Ray does not start on this machine now: {str(e)[:60]}')
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.parametrize('kill', [False, True])
 def test_ray_gives_the_same_bytes_also_when_an_actor_is_killed(kill, enc, tables, tmp_path, on_ray):
     _, clips, said = tables
-    clips, said, killed = clips[:12], said[:12], []
-    expected = columns(embed_clips(clips, said, tmp_path/'local.lance', enc, batch_size=4))
-    thread = threading.Thread(target=kill_an_actor, args=('_RayEncoder', killed))
-    if kill: thread.start()
-    got = columns(embed_clips(clips, said, tmp_path/'ray.lance', enc, batch_size=4, engine='ray'))
-    if kill:
-        thread.join()
-        assert killed
-    assert got == expected
+    expected = columns(embed_clips(clips[:12], said[:12], tmp_path/'local.lance', enc, batch_size=4))
+    with killing_actor('_RayEncoder' if kill else 'nobody') as killed:
+        got = columns(embed_clips(clips[:12], said[:12], tmp_path/'ray.lance', enc, batch_size=4, engine='ray'))
+    assert got == expected and len(killed) == kill
