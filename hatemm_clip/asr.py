@@ -12,7 +12,8 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'write_subtitles', 'write_jsonl', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'ray_shares',
            'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
 
-# %% ../nbs/10_asr.ipynb #f7b7bf89
+# %% ../nbs/10_asr.ipynb #454ec05d
+import hashlib
 import html
 import json
 import logging
@@ -262,7 +263,7 @@ def make_batches(
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
     return batches
 
-# %% ../nbs/10_asr.ipynb #5bacffbf
+# %% ../nbs/10_asr.ipynb #d1b9a04c
 def _decode_all(asr, windows, full=False):
     "Decode windows in batches, several at once where the backend can; the answers in the order of `windows`."
     lengths = [30 if full else padded_seconds(len(w['wave'])) for w in windows]
@@ -281,7 +282,7 @@ def _read_answer(asr, window, answer):
     segments = split_segments(answer.pop('tokens'), asr.first_time, asr.to_text, start, end, spans)
     text = ' '.join(s['text'] for s in segments)
     missed = missed_speech(segments, spans, start, end)
-    return dict(answer, text=text, segments=segments, missed=missed, has_speech=bool(spans), seconds=end - start)
+    return dict(answer, text=text, segments=segments, missed=missed, has_speech=bool(spans), start=start, end=end, seconds=end - start)
 
 # %% ../nbs/10_asr.ipynb #297eb0e2
 _WEAK = {'repetition', 'low_confidence', 'missed_speech'}
@@ -300,7 +301,7 @@ def _decode_with_care(asr, windows):
     for i, again in zip(weak, _decode_all(asr, [windows[i] for i in weak], full=True)): answers[i] = _better(answers[i], again)
     return answers
 
-# %% ../nbs/10_asr.ipynb #d3f0ae0a
+# %% ../nbs/10_asr.ipynb #b7033922
 def _check_audio(audio):
     audio = np.ascontiguousarray(audio, np.float32)
     if audio.ndim != 1 or not np.isfinite(audio).all():
@@ -318,13 +319,23 @@ def _windows_of(clip, audio, vad_threshold):
     return windows
 
 
-def _join(asr, windows):
+def _not_decoded(audio, windows):
+    "Seconds of a clip outside its windows that are not much quieter than what is inside (20 dB)."
+    block = SR//10
+    loud = np.sqrt([np.mean(b**2) for b in np.split(audio, range(block, len(audio), block))])
+    inside = np.zeros(len(loud), bool)
+    for w in windows: inside[int(w['start']*10):int(np.ceil(w['end']*10))] = True
+    return float(np.sum(loud[~inside] > .1*np.median(loud[inside]))/10) if inside.any() else 0.
+
+
+def _join(asr, windows, not_decoded=0.):
     "Put the windows of one clip together; where text is left out, the flag `no_speech` stays."
     names = [window_flags(w) for w in windows]
     kept = [w for w, n in zip(windows, names) if n != ['no_speech']]
     left_out = [w for w, n in zip(windows, names) if n == ['no_speech'] and w['text']]
     flags = {name for n in names for name in n}
     if kept and not left_out: flags.discard('no_speech')
+    if not_decoded > MAX_SILENCE: flags.add('not_decoded')
     spoken = Counter()
     for w in kept or windows: spoken[w['language']] += w['seconds']
     no_speech_prob = np.average([w['no_speech_prob'] for w in windows], weights=[w['seconds'] for w in windows])
@@ -333,9 +344,9 @@ def _join(asr, windows):
         segments=[s for w in kept for s in w['segments']],
         language=max(sorted(spoken), key=spoken.get),
         no_speech_prob=float(no_speech_prob),
-        backend=asr.backend, model=asr.model, flags=sorted(flags))
+        backend=asr.backend, model=asr.model, flags=sorted(flags), left_out=' '.join(w['text'] for w in left_out))
 
-# %% ../nbs/10_asr.ipynb #51862a98
+# %% ../nbs/10_asr.ipynb #b2ee6874
 MIN_SAMPLES = SR//20  # shorter than 50 ms counts as no sound
 
 
@@ -368,7 +379,7 @@ class Asr:
     def transcribe(
         self,
         audios: list[np.ndarray], # mono float32 at SR, shape (samples,) each; any length, also 0
-    ) -> list[dict]: # text, segments, language, no_speech_prob, backend, model, flags
+    ) -> list[dict]: # text, segments, language, no_speech_prob, backend, model, flags, left_out
         "Transcribe clips; each answer depends on its own clip only."
         audios = [_check_audio(a) for a in audios]
         answers = {i: [] for i, a in enumerate(audios) if a.size >= MIN_SAMPLES and a.any()}
@@ -376,8 +387,8 @@ class Asr:
             cut = lambda i: _windows_of(i, audios[i], self.vad_threshold)
             windows = [w for of_clip in pool.map(cut, answers) for w in of_clip]
         for window, answer in zip(windows, _decode_with_care(self, windows)): answers[window['clip']].append(answer)
-        silent = dict(text='', segments=[], language='', no_speech_prob=1., backend=self.backend, model=self.model, flags=['no_audio'])
-        return [_join(self, answers[i]) if i in answers else dict(silent) for i in range(len(audios))]
+        silent = dict(text='', segments=[], language='', no_speech_prob=1., backend=self.backend, model=self.model, flags=['no_audio'], left_out='')
+        return [_join(self, answers[i], _not_decoded(a, answers[i])) if i in answers else dict(silent) for i, a in enumerate(audios)]
 
 # %% ../nbs/10_asr.ipynb #6472b2a7
 class FasterWhisper(Asr):
@@ -468,7 +479,7 @@ class OpenAIWhisper(Asr):
         return [dict(tokens=list(r.tokens), avg_logprob=float(r.avg_logprob), no_speech_prob=float(r.no_speech_prob), language=r.language)
                 for r in results]
 
-# %% ../nbs/10_asr.ipynb #d78942eb
+# %% ../nbs/10_asr.ipynb #83d1996a
 def _find_weights(backend, model, download):
     if not find_spec(_MODULES[backend]): raise InputError(f"backend {backend} is not installed; pip install {backend}")
     return find_ct2_model(model, download) if backend == 'faster-whisper' else find_openai_model(model, download)
@@ -476,12 +487,12 @@ def _find_weights(backend, model, download):
 
 def _pick_backend(model):
     "The faster backend that has the weights here; else the first that can fetch them."
-    first_error = None
     for download in (False, True):
+        errors = []
         for backend in BACKENDS:
             try: return backend, _find_weights(backend, model, download)
-            except InputError as e: first_error = first_error or e
-    raise first_error
+            except InputError as e: errors.append(e)
+    raise errors[0]
 
 
 def _model_name(model):
@@ -668,8 +679,8 @@ def write_jsonl(
     transcripts.to_json(path, orient='records', lines=True, force_ascii=False)
     return Path(path)
 
-# %% ../nbs/10_asr.ipynb #eed44083
-GROUP_SECONDS = 60.  # s of sound in a group, for each window of a batch
+# %% ../nbs/10_asr.ipynb #f60cbf34
+GROUP_SECONDS = 20.  # s of sound in a group, for each window of a batch
 
 
 def make_groups(
@@ -683,23 +694,23 @@ def make_groups(
         total += max(duration, 1.)
     return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(seconds)])]
 
-# %% ../nbs/10_asr.ipynb #1980d2e6
+# %% ../nbs/10_asr.ipynb #6eec16f2
 def read_journal(
-    path: Path, # lines of JSON: settings, then a group a line
+    path: Path, # lines of JSON: settings, then the rows of a group a line
     settings: dict, # what the run is made with
-) -> dict[int, list[dict]]: # rows by group; {} where there is nothing to go on from
-    "Read the groups that a killed run finished; a torn last line is cut off."
-    if not path.exists(): return {}
+) -> list[dict]: # rows of clips that did not fail; [] where there is nothing to go on from
+    "Read what a killed run finished; a torn last line is cut off."
+    if not path.exists(): return []
     data = path.read_bytes()
     whole = data[:data.rfind(b'\n') + 1]
     if len(whole) < len(data): os.truncate(path, len(whole))
     lines = [json.loads(line) for line in whole.splitlines()]
-    if not lines: return {}
+    if not lines: return []
     if lines[0] != settings:
-        changed = [k for k in settings if lines[0].get(k) != settings[k]]
+        changed = [k for k in lines[0] | settings if lines[0].get(k) != settings.get(k)]
         print(f"{path.name} was made with other settings ({', '.join(changed)}); starting again")
-        return {}
-    return {line['group']: line['rows'] for line in lines[1:] if not any(row['error'] for row in line['rows'])}
+        return []
+    return [row for line in lines[1:] for row in line['rows'] if not row['error']]
 
 
 def _no_room(path, error):
@@ -790,8 +801,9 @@ def _group_rows(asr, clips, sounds):
     return [dict({} if error else next(answers), clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error)
             for clip, (audio, error) in zip(clips, sounds)]
 
-# %% ../nbs/10_asr.ipynb #6b20d533
-FLAGGED_TRANSCRIPTS = TRANSCRIPTS.append(pa.field('flags', pa.list_(pa.string())))
+# %% ../nbs/10_asr.ipynb #296f8bc3
+FLAGGED_TRANSCRIPTS = pa.schema([*TRANSCRIPTS, pa.field('flags', pa.list_(pa.string())), pa.field('left_out', pa.string()),
+                                 pa.field('inputs', pa.string())])  # hash of what a row is made from
 
 
 def _table_path(out): return Path(out) if Path(out).suffix == '.parquet' else Path(out)/'transcripts.parquet'
@@ -806,6 +818,12 @@ def _check_clips(clips):
     return clips.sort_values('clip_id', ignore_index=True)
 
 
+def _input_hash(clip):
+    "Hash of what a transcript is made from: the file and the stretch of it."
+    inputs = [getattr(clip, 'sha256', ''), float(clip.start), float(clip.end)]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+
+
 def transcribe_clips(
     clips: pd.DataFrame, # clip_id, path, start, end (s)
     out: str | Path, # folder for transcripts.parquet, or a .parquet file
@@ -817,7 +835,7 @@ def transcribe_clips(
     beam_size: int = 5,
     language: str | None = None,
     max_failed: float = .01, # share of clips that may be unreadable
-    resume: bool = True, # go on from a killed run, keep a finished one
+    resume: bool = True, # keep what is there and made with the same settings, from the same clips
     asr: Asr | None = None, # a loaded recogniser, instead of the settings above
     engine: str = 'local', # one of ENGINES
     workers: int = 2, # actors of Ray
@@ -827,63 +845,69 @@ def transcribe_clips(
     if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
     clips, table = _check_clips(clips), _table_path(out)
     asr = asr or load_asr(backend, model, device, threads, beam_size, language, batch_size, vad_threshold)
-    inputs = table_hash(clips[[c for c in ('clip_id', 'start', 'end', 'sha256') if c in clips]])
-    settings = dict(asr.settings(), batch_size=asr.batch_size, inputs=inputs)
-    if resume and _is_done(table, settings): return read_transcripts(table)
-    with store_lock(table): _make_table(asr, clips, table, settings, max_failed, resume, engine, workers)
+    clips = clips.assign(inputs=[_input_hash(clip) for clip in clips.itertuples()])
+    settings = dict(asr.settings(), batch_size=asr.batch_size)
+    known = _known_rows(table, clips, settings) if resume else {}
+    if not _is_done(table, clips, known):
+        with store_lock(table): _make_table(asr, clips, known, table, settings, max_failed, resume, engine, workers)
     return read_transcripts(table)
 
-# %% ../nbs/10_asr.ipynb #4f054912
-def _make_table(asr, clips, table, settings, max_failed, resume, engine, workers):
-    "Transcribe what the journal lacks and write the table; the journal stays while a clip of it failed."
+# %% ../nbs/10_asr.ipynb #a68a1531
+def _known_rows(table, clips, settings):
+    "Rows of a table, by clip, that were made with the same settings from the same files."
+    if not table.exists(): return {}
+    made, inputs = read_table(table), dict(zip(clips.clip_id, clips.inputs))
+    params = {k: v for k, v in made.attrs.get('params', {}).items() if k != 'source'}  # where weights lie does not matter
+    if params != settings or 'inputs' not in made:
+        print(f'{table.name} is of other settings; making it anew')
+        return {}
+    return {row['clip_id']: dict(row, seconds=0., error='') for row in made.to_dict('records') if inputs.get(row['clip_id']) == row['inputs']}
+
+
+def _is_done(table, clips, known):
+    "Whether the table holds all clips, as they are, and no others."
+    if not known: return False
+    if len(known) < len(clips): print(f'{table.name} lacks {len(clips) - len(known)} of {len(clips)} clips, or has them otherwise; doing those')
+    elif len(read_table(table)) == len(clips):
+        print(f'{table.name} is there already, made with the same settings from the same clips; resume=False makes it anew')
+        return True
+    return False
+
+
+def _make_table(asr, clips, known, table, settings, max_failed, resume, engine, workers):
+    "Transcribe what is in neither the table nor the journal, and write the table."
     began, journal = time.perf_counter(), table.with_name(f'{table.name}.journal')
-    rows = _finish(asr, clips, journal, settings, resume, engine, workers)
+    rows, seconds = _finish(asr, clips, known, journal, settings, resume, engine, workers)
     _write_failures(rows, table)
     failed = check_failures(rows.error, '10_asr', max_failed)
     done = rows[rows.error == ''].reindex(columns=FLAGGED_TRANSCRIPTS.names).astype(object)
-    params = {k: v for k, v in settings.items() if k != 'inputs'}
-    try: write_table(done, table, FLAGGED_TRANSCRIPTS, settings['inputs'], **params, source=asr.source)
+    try: write_table(done, table, FLAGGED_TRANSCRIPTS, table_hash(clips[['clip_id', 'inputs']]), **settings, source=asr.source)
     except OSError as e: raise _no_room(table, e) from e
-    if not failed: journal.unlink()
-    seconds, took = rows.seconds.sum(), time.perf_counter() - began
+    journal.unlink()
+    took = time.perf_counter() - began
     print(f'{len(rows)} clips, {failed} failed, {seconds:.0f} s of audio in {took:.0f} s, {seconds/max(took, 1e-9):.0f} x real time')
 
-
-def _failures_file(table): return table.with_name('failed_transcripts.csv')
-
-
-def _is_done(table, settings):
-    "Whether the table is there, whole, and made with the same settings from the same clips."
-    if not table.exists(): return False
-    made = read_table(table).attrs
-    params = {k: v for k, v in made.get('params', {}).items() if k != 'source'}  # where weights lie does not matter
-    if dict(params, inputs=made.get('inputs')) != settings:
-        print(f'{table.name} is of other clips or settings; making it anew')
-        return False
-    if _failures_file(table).exists():
-        print(f'{table.name} lacks the clips in {_failures_file(table).name}; trying those again')
-        return False
-    print(f'{table.name} is there already, made with the same settings from the same clips; resume=False makes it anew')
-    return True
-
-# %% ../nbs/10_asr.ipynb #4752834a
-def _finish(asr, clips, journal, settings, resume, engine, workers):
-    "Do the groups that the journal does not hold; all rows, in the order of `clips`."
-    done = read_journal(journal, settings) if resume else {}
-    groups = make_groups((clips.end - clips.start).tolist(), asr.batch_size)
+# %% ../nbs/10_asr.ipynb #15acec3b
+def _finish(asr, clips, known, journal, settings, resume, engine, workers):
+    "Rows of all clips, in their order: those known, those in the journal, and the others, done now; and the seconds of those."
+    done, inputs, seconds = dict(known), dict(zip(clips.clip_id, clips.inputs)), 0.
     journal.parent.mkdir(parents=True, exist_ok=True)
-    if not done:
+    rows = read_journal(journal, settings) if resume else []
+    done |= {row['clip_id']: row for row in rows if inputs.get(row['clip_id']) == row['inputs']}
+    if not rows:
         journal.unlink(missing_ok=True)
         _append(journal, settings)
-    items = list(clips.itertuples(index=False))
-    todo = {g: [items[i] for i in members] for g, members in enumerate(groups) if g not in done}
-    left = sum(len(members) for members in todo.values())
-    with progress(total=len(clips), initial=len(clips) - left, desc='transcribe', unit='clip') as bar:
+    items, groups = list(clips.itertuples(index=False)), make_groups((clips.end - clips.start).tolist(), asr.batch_size)
+    left = [[items[i] for i in members if items[i].clip_id not in done] for members in groups]
+    todo = {g: members for g, members in enumerate(left) if members}
+    with progress(total=len(clips), initial=len(done), desc='transcribe', unit='clip') as bar:
         for g, rows in _local_groups(asr, todo) if engine == 'local' else _ray_groups(asr, todo, workers):
-            done[g] = rows
-            _append(journal, dict(group=g, rows=rows))
+            rows = [dict(row, inputs=inputs[row['clip_id']]) for row in rows]
+            _append(journal, dict(rows=rows))
+            done |= {row['clip_id']: row for row in rows}
+            seconds += sum(row['seconds'] for row in rows)
             bar.update(len(rows))
-    return pd.DataFrame([row for g in range(len(groups)) for row in done[g]])
+    return pd.DataFrame([done[clip_id] for clip_id in clips.clip_id]), seconds
 
 
 def _local_groups(asr, groups):
@@ -896,21 +920,21 @@ def _local_groups(asr, groups):
 
 def _write_failures(rows, table):
     "failed_transcripts.csv beside the table, where something failed."
-    file, failed = _failures_file(table), rows[rows.error != '']
+    file, failed = table.with_name('failed_transcripts.csv'), rows[rows.error != '']
     if len(failed): failed[['clip_id', 'error']].to_csv(file, index=False)
     else: file.unlink(missing_ok=True)
 
-# %% ../nbs/10_asr.ipynb #6bef171f
+# %% ../nbs/10_asr.ipynb #5e11c551
 def read_transcripts(
     path: str | Path, # transcripts.parquet, or its folder
-) -> pd.DataFrame: # TRANSCRIPTS and `flags`; text is '' where nothing was said
+) -> pd.DataFrame: # FLAGGED_TRANSCRIPTS; text is '' where nothing was said
     "Read a table of transcripts and check its columns."
     df = read_table(_table_path(path))
     lacking = [c for c in TRANSCRIPTS.names if c not in df]
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
 
-# %% ../nbs/10_asr.ipynb #e876919f
+# %% ../nbs/10_asr.ipynb #4b4025f6
 def _ray_sounds(batch):
     "The task on a CPU: the sound of a group's clips."
     pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
@@ -922,7 +946,10 @@ def _ray_sounds(batch):
 class _RayAsr:
     "The actor: holds the recogniser."
 
-    def __init__(self, settings): self.asr = load_asr(**settings)
+    def __init__(self, settings, weights_sha256):
+        self.asr = load_asr(**settings)
+        if self.asr.settings()['weights_sha256'] != weights_sha256:
+            raise InputError(f"{settings['model']} has other weights on {platform.node()} than where the run was started")
 
     def __call__(self, batch):
         rows = []
@@ -947,7 +974,7 @@ def _ray_groups(asr, groups, workers):
     table = pd.DataFrame([dict(group=g, clips=json.dumps([_plain_clip(c) for c in members])) for g, members in groups.items()])
     tasks, actors = ray_shares(workers, asr.device == 'cuda')
     sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1, **tasks)
-    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings,), batch_size=1, **actors)
+    done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings, asr.settings()['weights_sha256']), batch_size=1, **actors)
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)
 

@@ -143,7 +143,7 @@ def train_tiny(
     os.replace(part, out_file)
     return losses
 
-# %% ../nbs/15_tiny_clip.ipynb #5870122c
+# %% ../nbs/15_tiny_clip.ipynb #2e514517
 PROMPTS = {
     'subject': {s: [f'{e} {s}' for e in EMOTIONS] for s in SUBJECTS},
     'sign': {s: [f'the {subject} {words}' for subject in SUBJECTS for words in SIGN_WORDS[s] if words] for s in SIGNS},
@@ -156,6 +156,8 @@ def encode_prompts(
     model, # an open_clip model
     tokenizer, # its tokenizer
     prompts: dict[str, list[str]], # class → texts
-) -> torch.Tensor: # unit vectors, (C, D)
+) -> torch.Tensor: # unit vectors, float32, (C, D), on the CPU
     "A class vector from several texts."
-    return torch.stack([F.normalize(model.encode_text(tokenizer(texts), normalize=True).mean(0), dim=0) for texts in prompts.values()])
+    device = next(model.parameters()).device
+    vectors = [model.encode_text(tokenizer(texts).to(device), normalize=True).float() for texts in prompts.values()]
+    return torch.stack([F.normalize(v.mean(0), dim=0) for v in vectors]).cpu()
