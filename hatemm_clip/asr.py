@@ -10,7 +10,7 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'asr_of',
            'plot_transcript', 'word_errors', 'word_error_rate', 'word_error_interval', 'write_srt', 'write_vtt',
            'write_subtitles', 'write_jsonl', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'ray_shares',
-           'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
+           'file_identity', 'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
 
 # %% ../nbs/10_asr.ipynb #454ec05d
 import hashlib
@@ -263,7 +263,7 @@ def make_batches(
         batches += [same[i:i + batch_size] for i in range(0, len(same), batch_size)]
     return batches
 
-# %% ../nbs/10_asr.ipynb #d1b9a04c
+# %% ../nbs/10_asr.ipynb #878f12e1
 def _decode_all(asr, windows, full=False):
     "Decode windows in batches, several at once where the backend can; the answers in the order of `windows`."
     lengths = [30 if full else padded_seconds(len(w['wave'])) for w in windows]
@@ -282,7 +282,7 @@ def _read_answer(asr, window, answer):
     segments = split_segments(answer.pop('tokens'), asr.first_time, asr.to_text, start, end, spans)
     text = ' '.join(s['text'] for s in segments)
     missed = missed_speech(segments, spans, start, end)
-    return dict(answer, text=text, segments=segments, missed=missed, has_speech=bool(spans), start=start, end=end, seconds=end - start)
+    return dict(answer, text=text, segments=segments, missed=missed, has_speech=bool(spans), spans=spans, start=start, end=end, seconds=end - start)
 
 # %% ../nbs/10_asr.ipynb #297eb0e2
 _WEAK = {'repetition', 'low_confidence', 'missed_speech'}
@@ -301,7 +301,7 @@ def _decode_with_care(asr, windows):
     for i, again in zip(weak, _decode_all(asr, [windows[i] for i in weak], full=True)): answers[i] = _better(answers[i], again)
     return answers
 
-# %% ../nbs/10_asr.ipynb #b7033922
+# %% ../nbs/10_asr.ipynb #87f89aa9
 def _check_audio(audio):
     audio = np.ascontiguousarray(audio, np.float32)
     if audio.ndim != 1 or not np.isfinite(audio).all():
@@ -320,12 +320,14 @@ def _windows_of(clip, audio, vad_threshold):
 
 
 def _not_decoded(audio, windows):
-    "Seconds of a clip outside its windows that are not much quieter than what is inside (20 dB)."
+    "Seconds of a clip outside its windows that are not much quieter than its speech (20 dB)."
     block = SR//10
     loud = np.sqrt([np.mean(b**2) for b in np.split(audio, range(block, len(audio), block))])
-    inside = np.zeros(len(loud), bool)
-    for w in windows: inside[int(w['start']*10):int(np.ceil(w['end']*10))] = True
-    return float(np.sum(loud[~inside] > .1*np.median(loud[inside]))/10) if inside.any() else 0.
+    inside, spoken = np.zeros((2, len(loud)), bool)
+    for w in windows:
+        inside[int(w['start']*10):int(np.ceil(w['end']*10))] = True
+        for start, end in w['spans']: spoken[int(start*10):int(np.ceil(end*10))] = True
+    return float(np.sum(loud[~inside] > .1*np.median(loud[spoken]))/10) if spoken.any() else 0.
 
 
 def _join(asr, windows, not_decoded=0.):
@@ -741,7 +743,7 @@ def store_lock(
     try: yield
     finally: lock.release()
 
-# %% ../nbs/10_asr.ipynb #d07c78bc
+# %% ../nbs/10_asr.ipynb #75c2ea34
 ENGINES = ('local', 'ray')
 
 
@@ -769,10 +771,12 @@ def ray_shares(
     import ray
     have = ray.cluster_resources()
     half, gpus = have.get('CPU', 1)/2, int(have.get('GPU', 0))
+    smallest = min((cpus for node in ray.nodes() if node['Alive'] and (cpus := node['Resources'].get('CPU', 0))), default=1)
     if workers < 1: raise InputError(f'workers is {workers}; expected 1 or more')
     if gpu and workers > gpus: raise InputError(f"workers is {workers}, each with a GPU, and Ray's cluster has {gpus}; ask for no more than that, or take the CPU")
     a_part = lambda cpus: int(1000*min(1, cpus))/1000
-    tasks, actors = dict(num_cpus=a_part(half)), dict(num_gpus=1) if gpu else dict(num_cpus=a_part(half/workers))
+    tasks = dict(num_cpus=a_part(min(half, smallest/2)))
+    actors = dict(num_gpus=1, num_cpus=0) if gpu else dict(num_cpus=a_part(min(half/workers, smallest/2)))
     return tasks, actors | dict(compute=ray.data.ActorPoolStrategy(size=workers))
 
 # %% ../nbs/10_asr.ipynb #f033f3b3
@@ -801,7 +805,7 @@ def _group_rows(asr, clips, sounds):
     return [dict({} if error else next(answers), clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error)
             for clip, (audio, error) in zip(clips, sounds)]
 
-# %% ../nbs/10_asr.ipynb #296f8bc3
+# %% ../nbs/10_asr.ipynb #d83189e7
 FLAGGED_TRANSCRIPTS = pa.schema([*TRANSCRIPTS, pa.field('flags', pa.list_(pa.string())), pa.field('left_out', pa.string()),
                                  pa.field('inputs', pa.string())])  # hash of what a row is made from
 
@@ -818,9 +822,20 @@ def _check_clips(clips):
     return clips.sort_values('clip_id', ignore_index=True)
 
 
+def file_identity(
+    clip, # with path, perhaps sha256
+) -> str: # the sha256 or, where there is none, path, size and time of the last change
+    "Tell one file from another, also under the same name."
+    sha256 = getattr(clip, 'sha256', '')
+    if isinstance(sha256, str) and sha256: return sha256
+    try: stat = os.stat(clip.path)
+    except OSError: return str(clip.path)
+    return f'{clip.path} {stat.st_size} {stat.st_mtime_ns}'
+
+
 def _input_hash(clip):
     "Hash of what a transcript is made from: the file and the stretch of it."
-    inputs = [getattr(clip, 'sha256', ''), float(clip.start), float(clip.end)]
+    inputs = [file_identity(clip), float(clip.start), float(clip.end)]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
@@ -852,14 +867,14 @@ def transcribe_clips(
         with store_lock(table): _make_table(asr, clips, known, table, settings, max_failed, resume, engine, workers)
     return read_transcripts(table)
 
-# %% ../nbs/10_asr.ipynb #a68a1531
+# %% ../nbs/10_asr.ipynb #0940b6f2
 def _known_rows(table, clips, settings):
     "Rows of a table, by clip, that were made with the same settings from the same files."
     if not table.exists(): return {}
     made, inputs = read_table(table), dict(zip(clips.clip_id, clips.inputs))
     params = {k: v for k, v in made.attrs.get('params', {}).items() if k != 'source'}  # where weights lie does not matter
     if params != settings or 'inputs' not in made:
-        print(f'{table.name} is of other settings; making it anew')
+        print(f'{table.name} is of other settings, or of an older version; making it anew')
         return {}
     return {row['clip_id']: dict(row, seconds=0., error='') for row in made.to_dict('records') if inputs.get(row['clip_id']) == row['inputs']}
 
@@ -934,7 +949,7 @@ def read_transcripts(
     if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
     return df
 
-# %% ../nbs/10_asr.ipynb #4b4025f6
+# %% ../nbs/10_asr.ipynb #082a6813
 def _ray_sounds(batch):
     "The task on a CPU: the sound of a group's clips."
     pairs = [[_read_clip(clip) for clip in pd.DataFrame(json.loads(clips)).itertuples()] for clips in batch['clips']]
@@ -971,9 +986,9 @@ def _ray_groups(asr, groups, workers):
     data = start_ray()
     settings = dict(backend=asr.backend, model=str(asr.source), device=asr.device, threads=1, beam_size=asr.beam_size,
                     language=asr.language, batch_size=asr.batch_size, vad_threshold=asr.vad_threshold)
-    table = pd.DataFrame([dict(group=g, clips=json.dumps([_plain_clip(c) for c in members])) for g, members in groups.items()])
+    tables = [pd.DataFrame([dict(group=g, clips=json.dumps([_plain_clip(c) for c in members]))]) for g, members in groups.items()]
     tasks, actors = ray_shares(workers, asr.device == 'cuda')
-    sounds = data.from_pandas(table).repartition(len(table)).map_batches(_ray_sounds, batch_size=1, **tasks)
+    sounds = data.from_pandas(tables).map_batches(_ray_sounds, batch_size=1, **tasks)
     done = sounds.map_batches(_RayAsr, fn_constructor_args=(settings, asr.settings()['weights_sha256']), batch_size=1, **actors)
     for batch in done.iter_batches(batch_size=None):
         for g, rows in zip(batch['group'], batch['rows']): yield int(g), json.loads(rows)

@@ -13,7 +13,7 @@ __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', '
            'pair_cosines', 'similarity_map', 'plot_similarity', 'plot_similarity_map', 'bench_memory', 'bench_embed',
            'bench_store', 'plan_cost', 'demo_run']
 
-# %% ../nbs/20_embed.ipynb #67697dfd
+# %% ../nbs/20_embed.ipynb #feefa7c7
 import hashlib
 import json
 import os
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from .data import (SR, InputError, check_failures, file_sha256, iter_frames, part_of_clips, probe, progress, read_audio,
                               read_frames, read_table, sample_times, table_hash)
-from .asr import ENGINES, ray_shares, start_ray, store_lock
+from .asr import ENGINES, file_identity, ray_shares, start_ray, store_lock
 from .tiny_clip import NAME as TINY, encode_prompts, register_tiny
 
 # %% ../nbs/20_embed.ipynb #ea057bbf
@@ -463,7 +463,7 @@ class FeatureStore:
         ids = table['clip_id'].to_numpy(zero_copy_only=False)
         return table if (ids[:-1] < ids[1:]).all() else table.sort_by('clip_id')
 
-# %% ../nbs/20_embed.ipynb #ca1e1f72
+# %% ../nbs/20_embed.ipynb #4c39768a
 def _cause(error):
     "The part of an error that names the reason, without addresses in the source of a library."
     text = ' '.join(str(error).split())
@@ -486,7 +486,7 @@ def _differences(made, asked):
     made, asked = (dict(precision='float32') | p for p in (made, asked))
     skip = {'asr', 'clips', 'transcripts'}
     if made.get('weights_sha256') and made['weights_sha256'] == asked.get('weights_sha256'):
-        skip |= {'pretrained', 'encoder'} if made.get('pretrained') == asked.get('pretrained') == FINETUNED else {'pretrained'}
+        skip.add('pretrained')
     names = [name for name in dict(made, **asked) if name not in skip and made.get(name) != asked.get(name)]
     of_asr = [p.get('asr') or {} for p in (made, asked)]
     if any(of_asr[0][k] != of_asr[1][k] for k in of_asr[0].keys() & of_asr[1].keys() - {'source'}): names.append('asr')
@@ -550,7 +550,7 @@ def frame_plan(
         send[before.max(initial=0):packet + 1] = True
     return send, shown
 
-# %% ../nbs/20_embed.ipynb #77e956c8
+# %% ../nbs/20_embed.ipynb #b4659c7e
 @lru_cache(maxsize=8)
 def _packets(path, changed):
     "Number, time (s), key flag and visibility of a video's packets, in the order of decoding."
@@ -571,18 +571,21 @@ def _planned_frames(path, times):
     import av
     pts, seconds, keys, visible = _packets(path, os.stat(path).st_mtime_ns)
     send, shown = frame_plan(np.where(visible, seconds, seconds.min() - 1), keys, seconds[visible].min() + times)
-    wanted, numbers, done = set(pts[shown].tolist()), {int(at): n for n, at in enumerate(pts)}, 0
+    wanted, numbers, done, started = set(pts[shown].tolist()), {int(at): n for n, at in enumerate(pts)}, 0, False
     first, last = np.flatnonzero(send)[[0, -1]].tolist()
     with av.open(path) as container:
         stream = container.streams.best('video')
         codec = stream.codec_context
         codec.thread_count = 1  # files side by side make better use of the cores
-        if seconds[first] - seconds[0] > SEEK_FROM: container.seek(int(pts[first]), stream=stream)  # to its key frame, or one before
+        before = np.flatnonzero(keys[:first])  # some formats seek by the time of decoding, which is earlier: to the key frame before
+        if len(before) and seconds[first] - seconds[0] > SEEK_FROM: container.seek(int(pts[before[-1]]), stream=stream)
         for packet in container.demux(stream):
             if not packet.size: continue
             number = numbers[packet.pts]
+            if number > first and not started: raise ValueError('the jump went too far')
             if number > last: break
             if not send[number]: continue
+            started = True
             codec.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
             frames = codec.decode(packet)
             if number == last or not send[number + 1]:
@@ -880,7 +883,7 @@ class _RayEncoder:
         vectors, times = self.audio(np.frombuffer(data, np.float32))
         return json.dumps([vectors.tolist(), times]).encode()
 
-# %% ../nbs/20_embed.ipynb #c66edf06
+# %% ../nbs/20_embed.ipynb #0e5e4ae4
 def ray_items(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]], # transcript by clip_id
@@ -901,10 +904,11 @@ def ray_items(
         segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
     light = Encoder(**dict(vars(encoder), model=None))  # what tasks need of it
     tasks, actors = ray_shares(workers, encoder.device.startswith('cuda'))
-    inputs = data.from_pandas(table).repartition(max(workers, len(table)//8)).map_batches(
+    inputs = data.from_pandas([table[i:i+8] for i in range(0, len(table), 8)]).map_batches(
         _ray_inputs, fn_args=(light, fps, overlap, audio), batch_size=1, batch_format='pandas', **tasks)
-    absolute = lambda name: str(Path(name).resolve()) if Path(name).exists() else name
-    made_with = (absolute(encoder.name), absolute(encoder.pretrained), encoder.device, encoder.precision, batch_size, audio, encoder.weights_sha256)
+    name = str(Path(encoder.name).resolve()) if (Path(encoder.name)/'config.json').is_file() else encoder.name
+    pretrained = str(Path(encoder.pretrained).resolve()) if Path(encoder.pretrained).is_file() else encoder.pretrained
+    made_with = (name, pretrained, encoder.device, encoder.precision, batch_size, audio, encoder.weights_sha256)
     done = inputs.map_batches(
         _RayEncoder, fn_constructor_args=made_with, batch_size=batch_size, batch_format='pandas', **actors)
     yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dim, bool(audio))
@@ -932,7 +936,7 @@ def _joined(parts, end, dim, audio):
     if audio: row |= dict(zip(('audio', 'audio_times'), json.loads(end.vector)))
     return row
 
-# %% ../nbs/20_embed.ipynb #5c110c53
+# %% ../nbs/20_embed.ipynb #04164f0d
 def _asr_of(transcripts):
     "What `asr.asr_of` needs to load the recogniser that wrote some transcripts."
     if not {'backend', 'model'} <= set(transcripts): return {}
@@ -945,7 +949,7 @@ def _asr_of(transcripts):
 def _input_hash(clip, segments):
     "Hash of what a row is made from."
     said = None if segments is None else [[float(s['start']), float(s['end']), s['text']] for s in segments]
-    inputs = [getattr(clip, 'sha256', ''), float(clip.start), float(clip.end), said]
+    inputs = [file_identity(clip), float(clip.start), float(clip.end), said]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
@@ -1094,8 +1098,17 @@ def _label_names(clips):
     names = clips.groupby('label').label_name.first().to_dict()
     return [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
 
-# %% ../nbs/20_embed.ipynb #611a13ed
+# %% ../nbs/20_embed.ipynb #ce13ccce
 RESERVED = ('ids', 'labels', 'split', 'groups', 'label_names', 'provenance')  # in a .npz; any other array is a modality
+
+
+def _note(path, name, value, kind):
+    "Words in a .npz: an array of str, or JSON."
+    if value.ndim == 1 and kind is list: return value.astype(str).tolist()
+    try: note = json.loads(str(value))
+    except json.JSONDecodeError: note = None
+    if not isinstance(note, kind): raise InputError(f"{path}: {name} is not a {kind.__name__} in JSON; rename the array if it is something else")
+    return note
 
 
 def _load_npz(path):
@@ -1106,8 +1119,10 @@ def _load_npz(path):
     if missing: raise InputError(f"{path}: lacks the array {missing[0]!r}; it has {', '.join(file)}")
     if file['labels'].dtype.kind not in 'iub': raise InputError(f"{path}: labels are {file['labels'].dtype}; expected integers from 0")
     n = len(file['ids'])
-    for name in ('label_names', 'provenance'):
-        if name in file: file[name] = json.loads(str(file[name]))
+    for name, kind in (('label_names', list), ('provenance', dict)):
+        if name in file: file[name] = _note(path, name, file[name], kind)
+    if len(file.get('label_names', [])) <= file['labels'].max(initial=-1) and 'label_names' in file:
+        raise InputError(f"{path}: label_names has {len(file['label_names'])} names, and labels go up to {file['labels'].max()}")
     if 'split' in file and file['split'].shape[1:] != (n,):
         raise InputError(f"{path}: split has the shape {file['split'].shape}; expected (K, {n})")
     return file
@@ -1284,7 +1299,7 @@ def nearest_clips(
         rows[row, :len(others)], cosines[row, :len(others)] = near[others], cosine[others]
     return rows, cosines
 
-# %% ../nbs/20_embed.ipynb #82364dce
+# %% ../nbs/20_embed.ipynb #b4934455
 def _some_clips(features, modality, most):
     "Mean vectors of clips that have the modality, their labels and videos; of more than `most`, every n-th."
     vectors = pool_features(features, modality)
@@ -1314,10 +1329,10 @@ def similarity_map(
     from scipy.cluster.hierarchy import leaves_list, linkage
     vectors, labels, _ = _some_clips(features, modality, most)
     together = lambda rows: rows[leaves_list(linkage(vectors[rows], 'average'))] if len(rows) > 2 else rows
-    order = np.concatenate([together(np.flatnonzero(labels == label)) for label in np.unique(labels)])
+    order = np.concatenate([np.zeros(0, int)] + [together(np.flatnonzero(labels == label)) for label in np.unique(labels)])
     return vectors[order] @ vectors[order].T, labels[order]
 
-# %% ../nbs/20_embed.ipynb #1c13390f
+# %% ../nbs/20_embed.ipynb #1ecd8d19
 def plot_similarity(
     features: 'Features',
     modality: str = 'image',
@@ -1328,6 +1343,9 @@ def plot_similarity(
     from sklearn.metrics import roc_auc_score
     ax = ax or plt.subplots(figsize=(4.5, 3))[1]
     cosines, same = pair_cosines(features, modality)
+    if not len(cosines):
+        ax.set_title(f'{modality}: no two videos to compare')
+        return ax
     bins = np.linspace(cosines.min(), cosines.max(), 60)
     for name, chosen in (('same label', same), ('two labels', ~same)): ax.hist(cosines[chosen], bins, density=True, histtype='step', label=name)
     title = f'{modality}, AUROC {roc_auc_score(same, cosines):.2f}' if same.any() and not same.all() else modality
@@ -1346,6 +1364,9 @@ def plot_similarity_map(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5, 4))[1]
     cosines, labels = similarity_map(features, modality)
+    if not len(labels):
+        ax.set_title(f'{modality}: in no clip')
+        return ax
     picture = ax.imshow(cosines, interpolation='none')
     ax.figure.colorbar(picture, ax=ax, label='cosine', shrink=.8)
     present, counts = np.unique(labels, return_counts=True)

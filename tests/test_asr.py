@@ -333,7 +333,7 @@ def test_sound_that_is_not_decoded_is_told(fast):
     wave = speak(random_sentence('friendly', rng, 'pumpkins'))
     speech = np.interp(np.arange(0, len(wave), 22_050/SR), np.arange(len(wave)), wave).astype(np.float32)
     noise = rng.normal(0, np.sqrt(np.mean(speech**2)), 8*SR).astype(np.float32)
-    flags = [answer['flags'] for answer in fast.transcribe([np.concatenate([speech, tail]) for tail in (noise, 0*noise, noise[:3*SR])])]
+    flags = [answer['flags'] for answer in fast.transcribe([np.concatenate([speech, tail]) for tail in (noise, 0*noise, noise[:3*SR], .02*noise)])]
     assert 'not_decoded' in flags[0] and not any('not_decoded' in names for names in flags[1:])
 
 

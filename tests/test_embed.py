@@ -421,11 +421,52 @@ def test_a_store_round_trips_through_a_file(enc, tables, tmp_path):
 
 def test_moved_weights_are_the_same_and_other_weights_are_not(enc, videos, transcripts, tmp_path):
     weights = {k: v.clone().contiguous() for k, v in enc.model.state_dict().items()}
-    embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', load_encoder(tuned(tmp_path/'here', weights), device='cpu'))
-    moved = load_encoder(tuned(tmp_path/'there', weights), device='cpu')
-    assert len(embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', moved)) == 3
-    other = load_encoder(tuned(tmp_path/'other', dict(text_projection=weights['text_projection']*-1)), device='cpu')
+    for name in ('here', 'there'): save_file(weights, tmp_path/f'{name}.safetensors')
+    save_file(dict(weights, text_projection=weights['text_projection']*-1), tmp_path/'other.safetensors')
+    here, there, other = (load_encoder('hatemm-tiny', str(tmp_path/f'{name}.safetensors'), 'cpu') for name in ('here', 'there', 'other'))
+    embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', here)
+    assert len(embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', there)) == 3
     with pytest.raises(InputError, match='do not mix'): embed_clips(videos[:3], transcripts[:3], tmp_path/'a.lance', other)
+
+
+def test_a_jump_that_goes_too_far_is_noticed(tmp_path, monkeypatch):
+    import av
+    with av.open(str(tmp_path/'a.mp4'), 'w') as out:
+        stream = out.add_stream('libx264', rate=10, width=64, height=48, pix_fmt='yuv420p', options=dict(g='20', bf='0'))
+        for i in range(120): out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2*i, np.uint8), format='rgb24')))
+        out.mux(stream.encode(None))
+    opened = av.open
+
+    class Far:
+        "A file that lands at nine seconds wherever it is sent to."
+        def __init__(self, path): self.container = opened(path)
+        def __enter__(self): return self
+        def __exit__(self, *_): self.container.close()
+        def __getattr__(self, name): return getattr(self.container, name)
+        def seek(self, at, stream): self.container.seek(int(9/stream.time_base), stream=stream)
+    monkeypatch.setattr(module, 'SEEK_FROM', 1.)
+    expected = list(_planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
+    assert abs(expected[0].mean() - 2*47) < 3
+    monkeypatch.setattr(av, 'open', Far)
+    with pytest.raises(ValueError, match='the jump went too far'): list(_planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
+
+
+@pytest.mark.parametrize('arrays, told', [
+    (dict(label_names=np.array(['fine', 'bad'])), None), (dict(label_names=np.array(['fine'])), 'has 1 names'),
+    (dict(label_names=np.zeros((2, 3))), 'not a list'), (dict(provenance=np.array('made by hand')), 'not a dict'), (dict(provenance=np.array('{"file": "x"}')), None)])
+def test_words_in_a_foreign_file(arrays, told, tmp_path):
+    np.savez(tmp_path/'a.npz', ids=np.array(['a', 'b']), labels=np.array([0, 1]), voice=np.ones((2, 3)), **arrays)
+    if told is None: assert len(read_features(tmp_path/'a.npz').label_names) == 2
+    else:
+        with pytest.raises(InputError, match=told): read_features(tmp_path/'a.npz')
+
+
+def test_plots_of_one_video_are_empty_and_no_error(enc, videos, transcripts, tmp_path):
+    from hatemm_clip.embed import Features, plot_similarity, plot_similarity_map
+    one = Features(np.array(['a', 'b']), np.array([0, 1]), dict(face=np.ones((2, 1, 2), np.float32)), dict(face=np.ones((2, 1), bool)), np.array(['v', 'v']))
+    assert 'no two videos' in plot_similarity(one, 'face').get_title()
+    none = Features(one.ids, one.labels, one.arrays, dict(face=np.zeros((2, 1), bool)), one.groups)
+    assert 'in no clip' in plot_similarity_map(none, 'face').get_title()
 
 
 def test_ray_refuses_weights_that_it_cannot_load_again(videos, transcripts, tmp_path):

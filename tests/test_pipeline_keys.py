@@ -120,3 +120,21 @@ def test_params_of_hatemm_with_fine_tuning(tmp_path):
     (tmp_path/'p.yml').write_text(head + '\n'.join(line.removeprefix('# ') for line in commented.splitlines()[1:]))
     tuned = read_params(tmp_path/'p.yml', ROOT/'nbs')
     assert list(tuned) == list(STAGES) and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['finetuned'] == 'lora'
+
+
+def test_rows_are_kept_where_only_inputs_are_others(tmp_path, monkeypatch):
+    from hatemm_clip import pipeline
+    seen, table, log = [], tmp_path/'transcripts.parquet', dict(stages={})
+
+    def stage(*_):
+        seen.append(table.exists())
+        table.write_text('rows')
+        return 'done'
+    monkeypatch.setattr(pipeline, '_execute', stage)
+    for key, own in (('a', 'x'), ('b', 'x'), ('b', 'x'), ('c', 'y')): pipeline._run_stage('10_asr', key, own, {}, tmp_path, tmp_path, log, lambda line: None)
+    assert seen == [False, True, False, False]  # new, other inputs, forced, other code
+    code = {name: ['#| export\nx = 1'] for name in pipeline.STAGES}
+    keys = lambda **params: {s: pipeline.own_key(s, params, code) for s in pipeline.STAGES}
+    assert keys()['40_fusion'] is None and keys(**{'00_data': dict(seed=1)}) == keys()
+    other = keys(**{'10_asr': dict(beam_size=1)})
+    assert other['10_asr'] != keys()['10_asr'] and other['20_embed'] != keys()['20_embed']
