@@ -10,7 +10,7 @@ __all__ = ['VAD_THRESHOLD', 'MAX_WINDOW', 'MAX_SILENCE', 'SIDE', 'TINY_EN_SHA256
            'window_flags', 'make_batches', 'Asr', 'FasterWhisper', 'OpenAIWhisper', 'load_asr', 'asr_of',
            'plot_transcript', 'word_errors', 'word_error_rate', 'word_error_interval', 'write_srt', 'write_vtt',
            'write_subtitles', 'write_jsonl', 'make_groups', 'read_journal', 'store_lock', 'start_ray', 'ray_shares',
-           'file_identity', 'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
+           'input_hash', 'transcribe_clips', 'read_transcripts', 'spoken_text', 'bench_asr', 'demo_clips']
 
 # %% ../nbs/10_asr.ipynb #454ec05d
 import hashlib
@@ -301,7 +301,7 @@ def _decode_with_care(asr, windows):
     for i, again in zip(weak, _decode_all(asr, [windows[i] for i in weak], full=True)): answers[i] = _better(answers[i], again)
     return answers
 
-# %% ../nbs/10_asr.ipynb #87f89aa9
+# %% ../nbs/10_asr.ipynb #65a51cd1
 def _check_audio(audio):
     audio = np.ascontiguousarray(audio, np.float32)
     if audio.ndim != 1 or not np.isfinite(audio).all():
@@ -318,7 +318,7 @@ def _windows_of(clip, audio, vad_threshold):
         w['spans'] = [s for s in spans if s[0] < w['end'] and s[1] > w['start']]
     return windows
 
-
+# %% ../nbs/10_asr.ipynb #5ce322aa
 def _not_decoded(audio, windows):
     "Seconds of a clip outside its windows that are not much quieter than its speech (20 dB)."
     block = SR//10
@@ -631,7 +631,7 @@ def word_error_interval(
     low, high = np.quantile(rates, [(1 - level)/2, (1 + level)/2])
     return float(low), float(high)
 
-# %% ../nbs/10_asr.ipynb #8459f261
+# %% ../nbs/10_asr.ipynb #9ae7c0c2
 def _stamp(seconds, mark):
     ms = round(seconds*1000)
     return f'{ms//3_600_000:02d}:{ms//60_000%60:02d}:{ms//1000%60:02d}{mark}{ms%1000:03d}'
@@ -657,7 +657,7 @@ def write_vtt(
     Path(path).write_text('WEBVTT\n\n' + '\n'.join(blocks), encoding='utf-8')
     return Path(path)
 
-
+# %% ../nbs/10_asr.ipynb #5090c25d
 def write_subtitles(
     transcripts: pd.DataFrame, # clip_id, segments
     folder: str | Path, # is made
@@ -805,7 +805,7 @@ def _group_rows(asr, clips, sounds):
     return [dict({} if error else next(answers), clip_id=clip.clip_id, seconds=round(len(audio)/SR, 3), error=error)
             for clip, (audio, error) in zip(clips, sounds)]
 
-# %% ../nbs/10_asr.ipynb #d83189e7
+# %% ../nbs/10_asr.ipynb #424d4767
 FLAGGED_TRANSCRIPTS = pa.schema([*TRANSCRIPTS, pa.field('flags', pa.list_(pa.string())), pa.field('left_out', pa.string()),
                                  pa.field('inputs', pa.string())])  # hash of what a row is made from
 
@@ -822,10 +822,8 @@ def _check_clips(clips):
     return clips.sort_values('clip_id', ignore_index=True)
 
 
-def file_identity(
-    clip, # with path, perhaps sha256
-) -> str: # the sha256 or, where there is none, path, size and time of the last change
-    "Tell one file from another, also under the same name."
+def _file_identity(clip):
+    "The file's sha256 or, where there is none, its path, size and time of the last change."
     sha256 = getattr(clip, 'sha256', '')
     if isinstance(sha256, str) and sha256: return sha256
     try: stat = os.stat(clip.path)
@@ -833,12 +831,15 @@ def file_identity(
     return f'{clip.path} {stat.st_size} {stat.st_mtime_ns}'
 
 
-def _input_hash(clip):
-    "Hash of what a transcript is made from: the file and the stretch of it."
-    inputs = [file_identity(clip), float(clip.start), float(clip.end)]
+def input_hash(
+    clip, # with path, start, end (s), perhaps sha256
+    *more, # what else a row is made from
+) -> str: # 16 hex digits
+    "Hash what a row of a table is made from: a file, the stretch of it, and more."
+    inputs = [_file_identity(clip), float(clip.start), float(clip.end), *more]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/10_asr.ipynb #57de5e87
 def transcribe_clips(
     clips: pd.DataFrame, # clip_id, path, start, end (s)
     out: str | Path, # folder for transcripts.parquet, or a .parquet file
@@ -860,7 +861,7 @@ def transcribe_clips(
     if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
     clips, table = _check_clips(clips), _table_path(out)
     asr = asr or load_asr(backend, model, device, threads, beam_size, language, batch_size, vad_threshold)
-    clips = clips.assign(inputs=[_input_hash(clip) for clip in clips.itertuples()])
+    clips = clips.assign(inputs=[input_hash(clip) for clip in clips.itertuples()])
     settings = dict(asr.settings(), batch_size=asr.batch_size)
     known = _known_rows(table, clips, settings) if resume else {}
     if not _is_done(table, clips, known):

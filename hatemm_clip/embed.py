@@ -13,7 +13,7 @@ __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', '
            'pair_cosines', 'similarity_map', 'plot_similarity', 'plot_similarity_map', 'bench_memory', 'bench_embed',
            'bench_store', 'plan_cost', 'demo_run']
 
-# %% ../nbs/20_embed.ipynb #feefa7c7
+# %% ../nbs/20_embed.ipynb #91d43796
 import hashlib
 import json
 import os
@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from .data import (SR, InputError, check_failures, file_sha256, iter_frames, part_of_clips, probe, progress, read_audio,
                               read_frames, read_table, sample_times, table_hash)
-from .asr import ENGINES, file_identity, ray_shares, start_ray, store_lock
+from .asr import ENGINES, input_hash, ray_shares, start_ray, store_lock
 from .tiny_clip import NAME as TINY, encode_prompts, register_tiny
 
 # %% ../nbs/20_embed.ipynb #ea057bbf
@@ -550,7 +550,7 @@ def frame_plan(
         send[before.max(initial=0):packet + 1] = True
     return send, shown
 
-# %% ../nbs/20_embed.ipynb #b4659c7e
+# %% ../nbs/20_embed.ipynb #09cbfe23
 @lru_cache(maxsize=8)
 def _packets(path, changed):
     "Number, time (s), key flag and visibility of a video's packets, in the order of decoding."
@@ -562,33 +562,37 @@ def _packets(path, changed):
     if pts.dtype.kind != 'i' or len(np.unique(pts)) < len(pts): raise ValueError('packets without times of their own')
     return pts, pts*clock.numerator/clock.denominator, keys, visible
 
-
+# %% ../nbs/20_embed.ipynb #7671d582
 SEEK_FROM = 20.  # s: what begins later is jumped to
+
+
+def _sent_packets(container, stream, packets, send):
+    "The packets to decode, with their numbers."
+    pts, seconds, keys, _ = packets
+    numbers, first = {int(at): n for n, at in enumerate(pts)}, int(send.argmax())
+    before = np.flatnonzero(keys[:first])  # some formats seek by the time of decoding, which is earlier: to the key frame before
+    if len(before) and seconds[first] - seconds[0] > SEEK_FROM: container.seek(int(pts[before[-1]]), stream=stream)
+    read = container.demux(stream)
+    for number in np.flatnonzero(send).tolist():
+        packet = next(p for p in read if p.size and numbers[p.pts] >= number)
+        if numbers[packet.pts] > number: raise ValueError('the jump went too far')
+        yield number, packet
 
 
 def _planned_frames(path, times):
     "RGB frames on screen at `times`, reading and decoding no more than that takes."
     import av
-    pts, seconds, keys, visible = _packets(path, os.stat(path).st_mtime_ns)
+    pts, seconds, keys, visible = packets = _packets(path, os.stat(path).st_mtime_ns)
     send, shown = frame_plan(np.where(visible, seconds, seconds.min() - 1), keys, seconds[visible].min() + times)
-    wanted, numbers, done, started = set(pts[shown].tolist()), {int(at): n for n, at in enumerate(pts)}, 0, False
-    first, last = np.flatnonzero(send)[[0, -1]].tolist()
+    wanted, done = set(pts[shown].tolist()), 0
     with av.open(path) as container:
         stream = container.streams.best('video')
         codec = stream.codec_context
         codec.thread_count = 1  # files side by side make better use of the cores
-        before = np.flatnonzero(keys[:first])  # some formats seek by the time of decoding, which is earlier: to the key frame before
-        if len(before) and seconds[first] - seconds[0] > SEEK_FROM: container.seek(int(pts[before[-1]]), stream=stream)
-        for packet in container.demux(stream):
-            if not packet.size: continue
-            number = numbers[packet.pts]
-            if number > first and not started: raise ValueError('the jump went too far')
-            if number > last: break
-            if not send[number]: continue
-            started = True
+        for number, packet in _sent_packets(container, stream, packets, send):
             codec.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
             frames = codec.decode(packet)
-            if number == last or not send[number + 1]:
+            if not send[number + 1:number + 2].any():  # the next is left out, or there is none
                 frames += codec.decode(None)
                 codec.flush_buffers()
             for frame in frames:
@@ -936,7 +940,7 @@ def _joined(parts, end, dim, audio):
     if audio: row |= dict(zip(('audio', 'audio_times'), json.loads(end.vector)))
     return row
 
-# %% ../nbs/20_embed.ipynb #04164f0d
+# %% ../nbs/20_embed.ipynb #f5701bd3
 def _asr_of(transcripts):
     "What `asr.asr_of` needs to load the recogniser that wrote some transcripts."
     if not {'backend', 'model'} <= set(transcripts): return {}
@@ -946,11 +950,9 @@ def _asr_of(transcripts):
     return dict(backend=named.backend.iloc[0], model=named.model.iloc[0], **recorded)
 
 
-def _input_hash(clip, segments):
-    "Hash of what a row is made from."
-    said = None if segments is None else [[float(s['start']), float(s['end']), s['text']] for s in segments]
-    inputs = [file_identity(clip), float(clip.start), float(clip.end), said]
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+def _plain_segments(segments):
+    "A transcript as JSON takes it, to hash; None where there is none."
+    return None if segments is None else [[float(s['start']), float(s['end']), s['text']] for s in segments]
 
 
 def _outdated(store, clips, hashes):
@@ -967,7 +969,7 @@ def _without_transcript(clips, transcripts, max_failed):
     if len(transcripts): check_failures(why, '20_embed', max_failed)
     return int(missing.sum())
 
-# %% ../nbs/20_embed.ipynb #4e3c378d
+# %% ../nbs/20_embed.ipynb #afdd0f72
 def embed_clips(
     clips: pd.DataFrame, # clip_id, path, start, end
     transcripts: pd.DataFrame, # clip_id, segments
@@ -992,7 +994,7 @@ def embed_clips(
         dims = dict(image=encoder.dim, text=encoder.dim) | (dict(audio=width) if audio else {})
         store = open_store(store_path, dims, dict(encoder.provenance(), **audio_made, fps=fps, overlap=overlap, asr=_asr_of(transcripts)))
         segments = {t.clip_id: list(t.segments) for t in transcripts.itertuples()}
-        hashes = {clip.clip_id: _input_hash(clip, segments.get(clip.clip_id)) for clip in clips.itertuples()}
+        hashes = {clip.clip_id: input_hash(clip, _plain_segments(segments.get(clip.clip_id))) for clip in clips.itertuples()}
         todo = _outdated(store, clips, hashes)
         items = (embed_items(todo, segments, encoder, fps, overlap, batch_size, workers, embed_audio) if engine == 'local'
                  else ray_items(todo, segments, encoder, fps, overlap, batch_size, workers, audio))
@@ -1098,7 +1100,7 @@ def _label_names(clips):
     names = clips.groupby('label').label_name.first().to_dict()
     return [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
 
-# %% ../nbs/20_embed.ipynb #ce13ccce
+# %% ../nbs/20_embed.ipynb #2a50ac02
 RESERVED = ('ids', 'labels', 'split', 'groups', 'label_names', 'provenance')  # in a .npz; any other array is a modality
 
 
@@ -1127,7 +1129,7 @@ def _load_npz(path):
         raise InputError(f"{path}: split has the shape {file['split'].shape}; expected (K, {n})")
     return file
 
-
+# %% ../nbs/20_embed.ipynb #d6e94fc6
 def _read_npz(path):
     file = _load_npz(path)
     ids, labels, arrays, masks, times = file['ids'].astype(str), file['labels'].astype(int), {}, {}, {}
@@ -1332,7 +1334,7 @@ def similarity_map(
     order = np.concatenate([np.zeros(0, int)] + [together(np.flatnonzero(labels == label)) for label in np.unique(labels)])
     return vectors[order] @ vectors[order].T, labels[order]
 
-# %% ../nbs/20_embed.ipynb #1ecd8d19
+# %% ../nbs/20_embed.ipynb #086ed55d
 def plot_similarity(
     features: 'Features',
     modality: str = 'image',
@@ -1354,7 +1356,7 @@ def plot_similarity(
     ax.legend(frameon=False)
     return ax
 
-
+# %% ../nbs/20_embed.ipynb #f2e2107d
 def plot_similarity_map(
     features: 'Features',
     modality: str = 'image',
