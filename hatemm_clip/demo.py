@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'VEGETABLES', 'RUBBISH', 'SUBJECTS', 'SIGNS', 'TOPICS', 'EMOTIONS', 'PATTERNS', 'PLACES', 'CAPTIONS',
-           'SIGN_WORDS', 'PLACE_WORDS', 'SENTENCES', 'PLACE_NAMES', 'TIMES', 'SPEECH_SR', 'VOICES', 'CAUSES', 'SIZES',
-           'FRAME_RATES', 'HARMLESS_SIGNS', 'CORPUS_VERSION', 'Scene', 'part_of', 'draw_part', 'random_scene',
-           'draw_scene', 'describe', 'random_sentence', 'speak', 'write_video', 'Look', 'Plan', 'plan_video',
-           'plan_corpus', 'make_audio', 'make_frames', 'hateful_spans', 'make_corpus', 'read_truth']
+           'SIGN_WORDS', 'PLACE_WORDS', 'SENTENCES', 'PLACE_NAMES', 'TIMES', 'CAUSES', 'SIZES', 'FRAME_RATES',
+           'HARMLESS_SIGNS', 'CORPUS_VERSION', 'Scene', 'part_of', 'draw_part', 'random_scene', 'draw_scene',
+           'describe', 'random_sentence', 'speak', 'Look', 'Plan', 'plan_video', 'plan_corpus', 'make_audio',
+           'make_frames', 'hateful_spans', 'make_corpus', 'read_truth', 'demo_clips']
 
-# %% ../nbs/01_demo.ipynb #99ca43c2
+# %% ../nbs/01_demo.ipynb #f0e8a9ac
 import csv
 import hashlib
 import json
@@ -21,9 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from .data import InputError, progress
+from .base import InputError, progress, read_table
+from .media import _SPEAKER, SPEECH_SR, VOICES, write_video
 
 # %% ../nbs/01_demo.ipynb #7c9d2f65
 GROUPS = {'blue hats': 'hat', 'green scarves': 'scarf', 'purple capes': 'cape', 'orange boots': 'boots', 'pink ribbons': 'ribbon', 'yellow belts': 'belt'}
@@ -78,14 +80,14 @@ def random_scene(
     pick = lambda choices: choices[rng.integers(len(choices))]
     return Scene(pick(subjects), pick(signs), topic or pick(TOPICS), emotion or pick(EMOTIONS), int(rng.integers(1, 3)), pick(PATTERNS))
 
-# %% ../nbs/01_demo.ipynb #cc819465
+# %% ../nbs/01_demo.ipynb #e44caf30
 PLACES = {'food': ((246, 226, 190), (176, 122, 78)), 'music': ((84, 58, 110), (60, 42, 60)),
           'travel': ((168, 212, 240), (120, 168, 96)), 'history': ((214, 206, 190), (140, 134, 122))}  # wall or sky, floor
 
 
 def _jitter(colour, rng, amount=14): return tuple(int(np.clip(c + rng.integers(-amount, amount + 1), 0, 255)) for c in colour)
 
-
+# %% ../nbs/01_demo.ipynb #402b180b
 def _draw_pattern(d, w, h, colour, pattern):
     step = h/7
     for i in range(int(w/step) + 1):
@@ -242,29 +244,6 @@ def random_sentence(
     patterns = SENTENCES[kind][topic] if kind == 'filler' else SENTENCES[kind]
     return pick(patterns).format(s=subject, p=pick(PLACE_NAMES), t=pick(TIMES))
 
-# %% ../nbs/01_demo.ipynb #6a68e945
-SPEECH_SR = 22_050  # Hz
-VOICES = ['en-us', 'en-us+m1', 'en-us+m2', 'en-us+m3', 'en-us+f3', 'en-gb-x-rp+m3']
-
-
-_SPEAKER = """
-import ctypes, sys
-library, data, voice, rate, text = sys.argv[1:]
-lib = ctypes.CDLL(library)
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-def collect(samples, n, events):
-    if samples and n > 0: sys.stdout.buffer.write(ctypes.string_at(samples, 2*n))
-    return 0
-lib.espeak_Initialize(2, 0, data.encode(), 0)        # 2: synchronous, into the callback
-lib.espeak_SetSynthCallback(collect)
-if lib.espeak_SetVoiceByName(voice.encode()): sys.exit(3)
-lib.espeak_SetParameter(1, int(rate), 0)             # 1: words per minute
-lib.espeak_SetParameter(7, 5, 0)                     # 7: pause between words, 10 ms each
-spoken = text.encode()
-lib.espeak_Synth(spoken, len(spoken) + 1, 0, 0, 0, 1, None, None)  # 1: UTF-8
-lib.espeak_Synchronize()
-"""
-
 # %% ../nbs/01_demo.ipynb #481dbee9
 @lru_cache(maxsize=1024)
 def speak(
@@ -279,37 +258,6 @@ def speak(
     if done.returncode == 3: raise InputError(f"voice '{voice}' is not one of eSpeak NG's; try one of {VOICES}")
     if done.returncode: raise RuntimeError(f'eSpeak NG failed on “{text}”: {done.stderr.decode(errors="replace").strip()[-200:]}')
     return np.frombuffer(done.stdout, np.int16).astype(np.float32) / 32768
-
-# %% ../nbs/01_demo.ipynb #486690dc
-def write_video(
-    path: str | Path, # .mp4
-    frames, # iterable of uint8 RGB arrays, shape (H, W, 3), H and W even
-    fps: int, # frames per second
-    audio: np.ndarray | None = None, # mono float32, shape (samples,); None: no audio track
-    sr: int = SPEECH_SR, # Hz
-    crf: int = 27, # x264's constant rate factor: 0 lossless … 51 worst
-    gop: int = 250, # frames from one key frame to the next, at most
-) -> Path: # `path`
-    "Encode frames and audio, atomically."
-    import av
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    with av.open(str(part), 'w', format='mp4') as out:
-        video = sound = None
-        if audio is not None: sound = out.add_stream('aac', rate=sr, layout='mono', bit_rate=48_000)
-        for frame in frames:
-            if video is None:
-                video = out.add_stream('libx264', rate=fps, options=dict(crf=str(crf), preset='ultrafast', threads='1', g=str(gop)))
-                video.width, video.height, video.pix_fmt = frame.shape[1], frame.shape[0], 'yuv420p'
-            out.mux(video.encode(av.VideoFrame.from_ndarray(frame, format='rgb24').reformat(format='yuv420p')))
-        if video is not None: out.mux(video.encode(None))
-        if sound is not None:
-            block = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[None], np.float32), format='fltp', layout='mono')
-            block.sample_rate = sr
-            out.mux(sound.encode(block))
-            out.mux(sound.encode(None))
-    os.replace(part, path)
-    return path
 
 # %% ../nbs/01_demo.ipynb #bab50d3a
 CAUSES = {'speech': .4, 'image': .38, 'both': .12, 'pair': .1}  # shares of the hateful videos
@@ -331,7 +279,7 @@ class Look:
     emotion: str
     seed: int # colours, positions, camera
 
-# %% ../nbs/01_demo.ipynb #fd070b53
+# %% ../nbs/01_demo.ipynb #2e4ef9f6
 @dataclass(frozen=True)
 class Plan:
     "What a video shows and says, and why it is hateful or not."
@@ -344,14 +292,14 @@ class Plan:
     sentences: tuple # (kind, text)
     look: Look
 
-
+# %% ../nbs/01_demo.ipynb #5970e5aa
 def _random_look(rng, number):
     pick = lambda choices: choices[rng.integers(len(choices))]
     duration = round(float(rng.uniform(6, 15.5)), 1)
     return Look(duration, pick(SIZES), pick(FRAME_RATES), 1 + int(duration > 8) + int(duration > 12), pick(VOICES), int(rng.integers(125, 146)),
                 round(float(rng.uniform(.05, .12)), 3), pick(TOPICS), pick(EMOTIONS), number)
 
-# %% ../nbs/01_demo.ipynb #110df9b2
+# %% ../nbs/01_demo.ipynb #504f9464
 HARMLESS_SIGNS = ['none', 'heart', 'arrow', 'broom']
 
 
@@ -363,7 +311,7 @@ def _speech(kinds, look, rng, subject):
     said = [(k, draw_part(lambda r: random_sentence(k, r, subject, look.topic), 'corpus', rng)) for k in kind]
     return tuple(said[i] for i in rng.permutation(len(said)))
 
-
+# %% ../nbs/01_demo.ipynb #95c8a755
 def _shots(subjects, look, rng, sign=None):
     "A scene a shot, all of one subject; `sign` in most of them, harmless signs in the rest."
     def draw(subjects, signs): return draw_part(lambda r: random_scene(r, subjects, signs, look.topic, look.emotion), 'corpus', rng)
@@ -394,7 +342,7 @@ def plan_video(
     else: scenes, signed = _shots([*GROUPS], look, rng, 'crossed-out claw')
     return Plan(label, cause if label else 'none', '' if label else cause, group, scenes, signed if label and picture else (), speech, look)
 
-# %% ../nbs/01_demo.ipynb #4175c9db
+# %% ../nbs/01_demo.ipynb #7394c3a1
 def _plan_twins(cause, side, number, rng):
     "A hateful video and its look-alike; drawn again where topic and emotion leave no unseen composition."
     while True:
@@ -402,7 +350,7 @@ def _plan_twins(cause, side, number, rng):
         try: return [plan_video(label, cause, side, look, rng) for label in (1, 0)], look
         except LookupError: continue
 
-
+# %% ../nbs/01_demo.ipynb #bf01ddd6
 def plan_corpus(
     n: int = 96, # videos, at least 10
     seed: int = 0,
@@ -471,16 +419,16 @@ def hateful_spans(
         else: merged.append((start, end))
     return merged
 
-# %% ../nbs/01_demo.ipynb #ee9dc4c9
+# %% ../nbs/01_demo.ipynb #d0d253ec
 def _clock(seconds): return f'{seconds//3600:02d}:{seconds//60%60:02d}:{seconds%60:02d}'
 
-
+# %% ../nbs/01_demo.ipynb #36aa8a98
 def _annotation(name, plan, spans, number):
     target = plan.group.title().replace(' ', '')
     return dict(video_file_name=name, label='Hate' if plan.label else 'Non Hate', hate_snippet=str([[_clock(a), _clock(b)] for a, b in spans]) if spans else '',
                 target=[target, f"['{target}']"][number % 2] if plan.label else 'Others')
 
-
+# %% ../nbs/01_demo.ipynb #21817d99
 def _truth(name, plan, spans, sentences):
     rng = np.random.default_rng(plan.look.seed)
     bounds = np.linspace(0, plan.look.duration, plan.look.shots + 1).round(2).tolist()
@@ -488,7 +436,7 @@ def _truth(name, plan, spans, sentences):
     return dict(video_file_name=name, label=plan.label, cause=plan.cause, lookalike=plan.lookalike, topic=plan.look.topic, emotion=plan.look.emotion,
                 group=plan.group, voice=plan.look.voice, spans=spans, sentences=sentences, scenes=scenes)
 
-# %% ../nbs/01_demo.ipynb #00afbf52
+# %% ../nbs/01_demo.ipynb #d630b8ed
 CORPUS_VERSION = 1  # raise it when the grammar or the drawing changes, so that no old corpus passes for a new one
 
 
@@ -498,7 +446,7 @@ def _file_names(plans):
         counts[plan.label] += 1
         yield ('hate' if plan.label else 'non_hate') + f'_video_{counts[plan.label]}.mp4'
 
-
+# %% ../nbs/01_demo.ipynb #eaa8fa68
 def make_corpus(
     out_dir: str | Path, # gets hate_videos/, non_hate_videos/, HateMM_annotation.csv, truth.json
     n: int = 96, # videos
@@ -527,13 +475,13 @@ def make_corpus(
     _write_text(truth_file, json.dumps(dict(made_with=wanted, videos=truth), indent=1))
     return out_dir
 
-# %% ../nbs/01_demo.ipynb #827ebacb
+# %% ../nbs/01_demo.ipynb #b1fa58bf
 def _write_text(path, text):
     part = path.with_name(f'.{path.name}.part')
     part.write_text(text, encoding='utf-8')
     os.replace(part, path)
 
-
+# %% ../nbs/01_demo.ipynb #ba5ca936
 def _write_annotation(path, rows):
     part = path.with_name(f'.{path.name}.part')
     with open(part, 'w', newline='', encoding='utf-8') as f:
@@ -542,7 +490,7 @@ def _write_annotation(path, rows):
         writer.writerows(rows)
     os.replace(part, path)
 
-
+# %% ../nbs/01_demo.ipynb #c05efd61
 def read_truth(
     corpus_dir: str | Path, # a folder that `make_corpus` wrote
 ) -> list[dict]: # one entry a video: cause, look-alike, topic, emotion, sentences and scenes with times
@@ -550,3 +498,18 @@ def read_truth(
     path = Path(corpus_dir)/'truth.json'
     if not path.exists(): raise InputError(f'{path}: no such file; `hatemm demo {corpus_dir}` makes a corpus with it')
     return json.loads(path.read_text())['videos']
+
+# %% ../nbs/01_demo.ipynb #d9f66b7e
+def demo_clips(
+    run_dir: str | Path, # gets clips.parquet and splits.parquet
+    data_dir: str | Path = '../demo_data', # gets the demo corpus
+    videos: int = 160,
+    seed: int = 0,
+) -> pd.DataFrame: # clips
+    "Read the clips of a run; where a notebook runs alone, make those of the demo first."
+    from hatemm_clip.data import prepare_data
+    run = Path(run_dir)
+    if not (run/'clips.parquet').exists():
+        if (run/'run.json').exists(): raise InputError(f'{run}: has no clips.parquet; run the stage 00_data first')
+        prepare_data('demo', make_corpus(data_dir, videos, seed), run, seed=seed)
+    return read_table(run/'clips.parquet')

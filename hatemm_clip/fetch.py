@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['HATEMM', 'MHC', 'DATASETS', 'TRIES', 'PROGRESS', 'CHUNK', 'TIMEOUT', 'ZIP_ERRORS', 'MANIFEST', 'Dataset',
-           'confirm_licence', 'TryAgain', 'persist', 'open_url', 'RemoteFile', 'read_record', 'write_json', 'read_json',
-           'file_digests', 'download', 'BadZip', 'list_members', 'unpack_zip', 'read_manifest', 'verify_files',
-           'read_video_ids', 'fetch_dataset']
+           'confirm_licence', 'TryAgain', 'persist', 'open_url', 'RemoteFile', 'read_record', 'file_digests',
+           'download', 'BadZip', 'list_members', 'unpack_zip', 'read_manifest', 'verify_files', 'read_video_ids',
+           'fetch_dataset']
 
-# %% ../nbs/02_fetch.ipynb #6ec2c1fa
+# %% ../nbs/02_fetch.ipynb #5b5557c0
 import errno
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -33,9 +32,9 @@ import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .data import InputError, file_sha256
+from .base import file_sha256, InputError, read_json, write_json
 
-# %% ../nbs/02_fetch.ipynb #8fdcb0a7
+# %% ../nbs/02_fetch.ipynb #33963b38
 @dataclass(frozen=True)
 class Dataset:
     "A published data set: where it is, and on what terms."
@@ -48,7 +47,7 @@ class Dataset:
     record_url: str = '' # JSON with their sizes and md5
     files: tuple[str, ...] = () # their names; a zip becomes a folder of the same name
 
-
+# %% ../nbs/02_fetch.ipynb #5a1712f5
 HATEMM = Dataset(
     'hatemm', 'HateMM: hateful and other videos from BitChute (Das et al., ICWSM 2023)',
     'https://zenodo.org/records/7799469', 'CC BY 4.0',
@@ -76,7 +75,7 @@ def confirm_licence(
         if answer.strip().lower() not in ('y', 'yes'): raise InputError(f"{dataset.name}: licence not accepted, nothing was downloaded; run again to be asked again")
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
-# %% ../nbs/02_fetch.ipynb #683304ab
+# %% ../nbs/02_fetch.ipynb #aeaf942c
 TRIES = 6  # in a row without progress, before giving up
 PROGRESS = 2**24  # bytes that count as progress
 CHUNK = 2**16  # bytes; a cut connection loses at most so many
@@ -89,7 +88,7 @@ class TryAgain(Exception):
         super().__init__(reason)
         self.after = min(int(after), 300) if (after or '').isdecimal() else 0
 
-
+# %% ../nbs/02_fetch.ipynb #9bdacca1
 def persist(
     attempt: Callable, # called without arguments until it returns; raises TryAgain or a RequestException
     what: str, # for the message
@@ -127,7 +126,7 @@ def open_url(
     if r.status_code in (408, 425, 429) or r.status_code >= 500: raise TryAgain(f'the server answered {r.status_code}', r.headers.get('Retry-After'))
     raise InputError(f"{url}: the server answered {r.status_code} {r.reason}; look whether the file is there, or give another --base-url")
 
-# %% ../nbs/02_fetch.ipynb #12a4b329
+# %% ../nbs/02_fetch.ipynb #4a1d79b2
 @dataclass(frozen=True)
 class RemoteFile:
     "One file to bring: its address and, where the record tells, its size and md5."
@@ -136,7 +135,7 @@ class RemoteFile:
     size: int | None = None # bytes
     md5: str | None = None # 32 hex digits
 
-
+# %% ../nbs/02_fetch.ipynb #ff1e455c
 def read_record(
     dataset: Dataset,
     base_url: str | None = None, # a mirror's folder; None: Zenodo
@@ -156,31 +155,12 @@ def read_record(
     note = '' if licence.replace('-', ' ').lower() in ('', dataset.licence.lower()) else f'the record states the licence {licence}, not {dataset.licence}: read {dataset.page}'
     return [replace(f, size=listed[f.name][0], md5=listed[f.name][1]) if f.name in listed else f for f in files], note
 
-# %% ../nbs/02_fetch.ipynb #55b6687c
-def write_json(path: Path, content: dict) -> None:
-    "Write `content` as JSON; the file appears whole or not at all."
-    part = path.with_name(f'.{path.name}.part')  # one name, so that a killed run leaves nothing that the next does not replace
-    with open(part, 'w', encoding='utf-8') as f:
-        json.dump(content, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> dict: # empty where there is no such file
-    "Read what `write_json` wrote."
-    if not path.is_file(): return {}
-    try: content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise InputError(f"{path}: not JSON ({e}); delete it and run again") from e
-    if not isinstance(content, dict): raise InputError(f"{path}: not a JSON object; delete it and run again")
-    return content
-
-
+# %% ../nbs/02_fetch.ipynb #1a72e57e
 def _progress_bar(total: int | None, name: str, progress: bool | None = None, initial: int = 0) -> tqdm:
     "A bar in bytes on stderr; `progress` None: only where stderr is a terminal."
     return tqdm(total=total, initial=initial, desc=name, unit='B', unit_scale=True, disable=None if progress is None else not progress)
 
-
+# %% ../nbs/02_fetch.ipynb #3c1957b3
 def file_digests(
     path: str | Path,
     progress: bool | None = None,
@@ -194,7 +174,7 @@ def file_digests(
             bar.update(len(block))
     return dict(size=size, **{name: s.hexdigest() for name, s in sums.items()})
 
-# %% ../nbs/02_fetch.ipynb #7bee3784
+# %% ../nbs/02_fetch.ipynb #0e5d6b09
 def _resume_headers(
     remote: RemoteFile,
     offset: int, # bytes we hold
@@ -204,13 +184,13 @@ def _resume_headers(
     if not offset or known.get('url') != remote.url or not (known.get('validator') or remote.md5): return {}
     return dict(Range=f'bytes={offset}-', **({'If_Range': known['validator']} if known.get('validator') else {}))
 
-
+# %% ../nbs/02_fetch.ipynb #e83aa266
 def _strong_validator(headers: dict) -> str | None: # for If-Range
     "The ETag if it is a strong one, else Last-Modified."
     etag = headers.get('ETag') or 'W/'
     return headers.get('Last-Modified') if etag.startswith('W/') else etag
 
-
+# %% ../nbs/02_fetch.ipynb #ec25fb0b
 def _body_start(
     response: requests.Response,
     offset: int, # bytes we hold and asked to go on from
@@ -226,7 +206,7 @@ def _body_start(
     if response.status_code == 206 and found and int(found[1]) == offset and same: return offset, int(found[2])
     raise TryAgain('the server sent another part than the one asked for')
 
-
+# %% ../nbs/02_fetch.ipynb #d6044139
 def _check_room(folder: Path, needed: int) -> None:
     "Raise InputError unless the disk has room for `needed` bytes."
     free = shutil.disk_usage(folder).free
@@ -262,14 +242,14 @@ def _attempt_download(
     if total is not None and size > total: part.unlink()
     if total is not None and size != total: raise TryAgain(f'{size:,} of {total:,} bytes came')
 
-# %% ../nbs/02_fetch.ipynb #d5987e65
+# %% ../nbs/02_fetch.ipynb #003c67ce
 def _check_digests(path: Path, sums: dict, remote: RemoteFile) -> str: # empty where they agree
     "Say how a file differs from what the record promises."
     if remote.size is not None and sums['size'] != remote.size: return f"{path.name} has {sums['size']:,} bytes where the record says {remote.size:,}"
     if remote.md5 and sums['md5'] != remote.md5: return f"{path.name} has the md5 {sums['md5']} where the record says {remote.md5}"
     return ''
 
-
+# %% ../nbs/02_fetch.ipynb #ad87a1b2
 def download(
     remote: RemoteFile,
     path: str | Path, # where it goes; appears whole or not at all
@@ -293,11 +273,11 @@ def download(
     part.with_name(part.name + '.json').unlink(missing_ok=True)
     return path
 
-# %% ../nbs/02_fetch.ipynb #e7be1955
+# %% ../nbs/02_fetch.ipynb #a2400c4c
 class BadZip(InputError):
     "A zip that is corrupt, or not harmless."
 
-
+# %% ../nbs/02_fetch.ipynb #42a464ab
 def list_members(
     archive: zipfile.ZipFile,
     max_bytes: int, # most that may be unpacked in all
@@ -320,7 +300,7 @@ def list_members(
     if not members: raise BadZip(f"{archive.filename}: there is no file in it; fetch from another source")
     return members
 
-# %% ../nbs/02_fetch.ipynb #db40ef46
+# %% ../nbs/02_fetch.ipynb #4db6a881
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError)  # what zipfile raises on broken files
 
 
@@ -347,7 +327,7 @@ def unpack_zip(
         if isinstance(e, InputError) or not corrupt: raise
         raise BadZip(f"{path}: a corrupt zip ({e}); run again to fetch it anew (move it away first if you put it there)") from e
 
-
+# %% ../nbs/02_fetch.ipynb #60b93408
 def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, bar: tqdm) -> dict:
     "Write one member; zipfile checks its CRC, and stops at its declared size."
     sha, size = hashlib.sha256(), 0
@@ -360,7 +340,7 @@ def _unpack_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, 
     if size != info.file_size: raise zipfile.BadZipFile(f'{info.filename!r} has {size:,} bytes, not the {info.file_size:,} declared')
     return dict(size=size, sha256=sha.hexdigest())
 
-# %% ../nbs/02_fetch.ipynb #8bec6c67
+# %% ../nbs/02_fetch.ipynb #c8f58876
 MANIFEST = 'manifest.json'
 
 
@@ -375,7 +355,7 @@ def read_manifest(
     if manifest['schema'] != 1: raise InputError(f"{out_dir/MANIFEST}: schema {manifest['schema']!r}, and this version reads 1; update the package or choose another folder")
     return manifest
 
-
+# %% ../nbs/02_fetch.ipynb #6758f798
 def verify_files(
     out_dir: str | Path,
     files: dict[str, dict], # path inside `out_dir` → size, sha256
@@ -396,13 +376,13 @@ def verify_files(
         raise InputError(f"{wrong[0][0]}: it {wrong[0][1]} since {MANIFEST} was written{more}; put the old file back, or move {top} away and run again to fetch it anew")
     return absent
 
-# %% ../nbs/02_fetch.ipynb #2b16d652
+# %% ../nbs/02_fetch.ipynb #a5b18bbc
 def _annotated_videos(path: Path) -> set[str]: # file names
     "The videos that an annotation file speaks of."
     try: return set(pd.read_csv(path, usecols=['video_file_name'], dtype=str, keep_default_na=False).video_file_name)
     except ValueError as e: raise InputError(f"{path}: not an annotation file, it has no column video_file_name; delete it and run again") from e
 
-
+# %% ../nbs/02_fetch.ipynb #1d9e1a86
 def _place_file(
     remote: RemoteFile,
     out_dir: Path,
@@ -435,14 +415,14 @@ def _place_file(
     if zipped and source != given: source.unlink()
     return sums['size']
 
-# %% ../nbs/02_fetch.ipynb #0b13318a
+# %% ../nbs/02_fetch.ipynb #441b0fba
 def _lock_folder(out_dir: Path): # a context manager
     "Keep a second fetch out of the folder; one that cannot be written needs no lock."
     if not os.access(out_dir, os.W_OK): return nullcontext()
     try: return FileLock(out_dir/'.fetch.lock', timeout=0).acquire()
     except Timeout as e: raise InputError(f"{out_dir}: another fetch is at work there; wait for it to end") from e
 
-
+# %% ../nbs/02_fetch.ipynb #1c103227
 def _fetch_files(
     dataset: Dataset, # one whose files are published
     out_dir: str | Path, # made if it is not there
@@ -474,7 +454,7 @@ def _fetch_files(
                 missing_videos=sum(len(_annotated_videos(out_dir/n) - have) for n in manifest['files'] if n.endswith('_annotation.csv')),
                 seconds=round(time.monotonic() - began, 1), note=note)
 
-# %% ../nbs/02_fetch.ipynb #a9c8036e
+# %% ../nbs/02_fetch.ipynb #ccefb3d1
 def read_video_ids(
     folder: str | Path, # with train.tsv, valid.tsv and test.tsv of MultiHateClip
 ) -> pd.DataFrame: # video_id, part (train|val|test), url
@@ -492,7 +472,7 @@ def read_video_ids(
     df['url'] = df.video_id.map(lambda i: f'https://www.bilibili.com/video/{i}' if len(i) == 12 else f'https://www.youtube.com/watch?v={i}')
     return df
 
-
+# %% ../nbs/02_fetch.ipynb #018e445d
 def _fetch_ids(
     dataset: Dataset,
     out_dir: str | Path,

@@ -6,8 +6,7 @@
 __all__ = ['ASSETS', 'NAME', 'TAG', 'PREPROCESS', 'SPOKEN', 'PROMPTS', 'register_tiny', 'spoken_text', 'misheard', 'ScenePairs',
            'clip_loss', 'train_tiny', 'encode_prompts']
 
-# %% ../nbs/15_tiny_clip.ipynb #a3f16519
-import json
+# %% ../nbs/15_tiny_clip.ipynb #cc6f46a5
 import math
 import os
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .data import InputError, progress
-from .demo import (CAPTIONS, EMOTIONS, SIGN_WORDS, PLACE_WORDS, SIGNS, SUBJECTS, TOPICS, Scene, describe,
-                              draw_part, draw_scene, random_scene, random_sentence)
+from .base import progress
+from .demo import (
+    describe, draw_part, draw_scene, EMOTIONS, PLACE_WORDS, random_scene, random_sentence, Scene,
+    SIGN_WORDS, SIGNS, SUBJECTS, TOPICS)
 
 # %% ../nbs/15_tiny_clip.ipynb #44a33a15
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../hatemm_clip/assets').resolve()
@@ -100,17 +100,17 @@ def clip_loss(
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
 
-# %% ../nbs/15_tiny_clip.ipynb #0ae4af8b
+# %% ../nbs/15_tiny_clip.ipynb #926c611a
 def _collate(items):
     images, texts, _ = zip(*items)
     return torch.from_numpy(np.stack(images)), list(texts)
 
-
+# %% ../nbs/15_tiny_clip.ipynb #0793ecb9
 def _to_input(images): # uint8 (B, H, W, 3) → float (B, 3, H, W)
     mean, std = (torch.tensor(PREPROCESS[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
     return (images.permute(0, 3, 1, 2).float()/255 - mean)/std
 
-
+# %% ../nbs/15_tiny_clip.ipynb #50c9d49a
 def train_tiny(
     out_file: str | Path, # .safetensors, float16
     steps: int = 1300,
@@ -143,14 +143,14 @@ def train_tiny(
     os.replace(part, out_file)
     return losses
 
-# %% ../nbs/15_tiny_clip.ipynb #2e514517
+# %% ../nbs/15_tiny_clip.ipynb #e4e72f96
 PROMPTS = {
     'subject': {s: [f'{e} {s}' for e in EMOTIONS] for s in SUBJECTS},
     'sign': {s: [f'the {subject} {words}' for subject in SUBJECTS for words in SIGN_WORDS[s] if words] for s in SIGNS},
     'topic': {t: [f'the {subject} {words}' for subject in SUBJECTS for words in PLACE_WORDS[t]] for t in TOPICS},
     'emotion': {e: [f'{e} {subject}' for subject in SUBJECTS] for e in EMOTIONS}}
 
-
+# %% ../nbs/15_tiny_clip.ipynb #2a9d14c1
 @torch.inference_mode()
 def encode_prompts(
     model, # an open_clip model

@@ -6,7 +6,7 @@
 __all__ = ['TOPIC_HEADS', 'TOPIC_GRID', 'relabel', 'demo_topics', 'study_topics', 'topic_table', 'topic_differences',
            'plot_curves', 'read_titles', 'word_windows', 'embed_titles', 'study_titles', 'run_topics']
 
-# %% ../nbs/45_topics.ipynb #4aa9820a
+# %% ../nbs/45_topics.ipynb #8340113b
 import csv
 import dataclasses
 from pathlib import Path
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import InputError, PREDICTIONS_BY_CLASS, read_table, write_table
+from .base import InputError, PREDICTIONS_BY_CLASS, read_table, write_table
 from .demo import read_truth
-from .embed import Features, demo_run, read_features
-from .fusion import crossval, make_features, sort_modalities, with_protocol
-from .metrics import adjust_holm, paired_difference, summarise_runs
+from .compare import adjust_holm, paired_difference, summarise_runs
+from .features import Features, read_features, sort_modalities
+from .fusion import crossval, with_protocol
 
 # %% ../nbs/45_topics.ipynb #91d0f4e5
 def relabel(
@@ -119,7 +119,7 @@ def read_titles(
     clear = table.groupby('video_id').topic.transform('nunique') == 1
     return table[clear & (table.title != '') & table.topic.isin(topics)].drop_duplicates('video_id', ignore_index=True)
 
-# %% ../nbs/45_topics.ipynb #7078003c
+# %% ../nbs/45_topics.ipynb #dba0a64d
 def word_windows(
     title: str, # any text
     size: int = 2, # words
@@ -129,7 +129,7 @@ def word_windows(
     words = title.lower().split()
     return [' '.join(words[i:i + size]) for i in range(max(1, len(words) - size + 1))][:most]
 
-
+# %% ../nbs/45_topics.ipynb #97140ce8
 def embed_titles(
     titles: pd.DataFrame, # from `read_titles`
     train: np.ndarray, # rows of the training part

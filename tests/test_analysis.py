@@ -12,7 +12,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 from hatemm_clip import analysis as an  # noqa: E402
-from hatemm_clip.data import PREDICTIONS, SPLITS, InputError, write_table  # noqa: E402
+from hatemm_clip.base import PREDICTIONS, SPLITS, InputError, write_table  # noqa: E402
 from hatemm_clip.metrics import simulate_predictions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

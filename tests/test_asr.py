@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 
 from hatemm_clip import asr as module
-from hatemm_clip.asr import (
-    Asr, asr_of, bench_asr, compression_ratio, cut_windows, demo_clips, find_ct2_model, load_asr, make_groups, missed_speech, padded_seconds,
-    read_journal, read_transcripts, speech_spans, split_segments, store_lock, transcribe_clips, window_flags, word_error_interval, word_error_rate,
-    word_errors, write_srt, write_subtitles, write_vtt)
-from hatemm_clip.data import SR, InputError, prepare_data, read_audio, read_table
+from hatemm_clip.speech import Asr, asr_of, compression_ratio, cut_windows, find_ct2_model, load_asr, missed_speech, padded_seconds, speech_spans, split_segments, window_flags, word_error_interval, word_error_rate, word_errors
+from hatemm_clip.bench import bench_asr
+from hatemm_clip.demo import demo_clips
+from hatemm_clip.asr import make_groups, read_journal, read_transcripts, store_lock, transcribe_clips, write_srt, write_subtitles, write_vtt
+from hatemm_clip.media import SR, read_audio
+from hatemm_clip.base import InputError, read_table
+from hatemm_clip.data import prepare_data
 from hatemm_clip.demo import make_corpus, random_sentence, read_truth, speak
 from killing import killing_actor
 
@@ -242,7 +244,7 @@ print(kill_runs(run))
 def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
     clips, _, folder = corpus
     many = pd.concat([clips.assign(clip_id=clips.clip_id + f'-{i}', start=.3*i) for i in range(4)], ignore_index=True)
-    from hatemm_clip.data import CLIPS, write_table
+    from hatemm_clip.base import CLIPS, write_table
     write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
     (tmp_path/'run.py').write_text(RUN)
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],

@@ -11,8 +11,9 @@ import pytest
 
 from hatemm_clip import check
 from hatemm_clip.check import SafeDecoder, check_dataset, decode_all, decode_safely, detect_dataset, format_report, leak_shares, sibling_share, span_faults, write_broken
-from hatemm_clip.data import TRANSCRIPTS, InputError, leaky_snippet, make_windows, part_of_clips, read_dataset, write_table
-from hatemm_clip.demo import write_video
+from hatemm_clip.base import TRANSCRIPTS, InputError, write_table
+from hatemm_clip.data import leaky_snippet, make_windows, part_of_clips, read_dataset
+from hatemm_clip.media import write_video
 
 
 @pytest.fixture(scope='module')

@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from hatemm_clip.data import (SPLITS, InputError, LeakError, MediaError, find_groups, iter_frames, leak_audit, make_windows, measure_length, near_duplicate_texts, prepare_data,
-                              probe, probe_clips, published_splits, purge_leaks, read_audio, read_dataset, read_frames, read_splits, read_table, write_table)
-from hatemm_clip.demo import make_corpus, write_video
+from hatemm_clip.base import SPLITS, InputError, read_table, write_table
+from hatemm_clip.data import LeakError, find_groups, leak_audit, make_windows, near_duplicate_texts, prepare_data, probe_clips, published_splits, purge_leaks, read_dataset, read_splits
+from hatemm_clip.media import MediaError, iter_frames, measure_length, probe, read_audio, read_frames
+from hatemm_clip.demo import make_corpus
+from hatemm_clip.media import write_video
 
 SHARED = ROOT.parent/'shared/data'
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason='../shared is not there')

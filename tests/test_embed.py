@@ -17,12 +17,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hatemm_clip.data import InputError, iter_frames, read_frames, sample_times
-from hatemm_clip.demo import write_video
+from hatemm_clip.base import InputError
+from hatemm_clip.media import iter_frames, read_frames, sample_times
+from hatemm_clip.media import write_video
 from hatemm_clip import embed as module
-from hatemm_clip.embed import (
-    CHUNK, Encoder, FeatureStore, _planned_frames, _rows, bench_embed, bench_memory, demo_run, embed_clips, embed_images, embed_items, encode_frames, encode_texts, export_features, features_info,
-    format_info, frame_plan, load_encoder, open_store, preprocess_frames, read_features, read_inputs, store_lock, text_windows, with_precision)
+from hatemm_clip.encoders import CHUNK, Encoder, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
+from hatemm_clip.features import FeatureStore, _rows, export_features, features_info, format_info, open_store, read_features
+from hatemm_clip.media import _planned_frames, frame_plan
+from hatemm_clip.bench import bench_embed, bench_memory
+from hatemm_clip.embed import demo_run, embed_clips
+from hatemm_clip.batching import embed_images, embed_items
+from hatemm_clip.asr import store_lock
 from killing import killing_actor
 
 
@@ -220,7 +225,7 @@ def test_only_new_and_changed_clips_are_embedded(enc, videos, transcripts, tmp_p
 def test_a_store_of_old_is_read_and_made_anew(enc, videos, transcripts, tmp_path):
     import lancedb
     import pyarrow as pa
-    from hatemm_clip.data import CLIPS, write_table
+    from hatemm_clip.base import CLIPS, write_table
     write_table(videos.assign(targets=[[]]*6, spans=[[]]*6, duration=videos.end, fps=5., width=96, height=64, has_audio=False, sha256=''), tmp_path/'clips.parquet', CLIPS)
     new = embed_clips(videos, transcripts, tmp_path/'new.lance', enc)
     made = dict(new.provenance, clips='0123', transcripts='4567', asr=dict(backend='toy', model='toy'))
@@ -243,7 +248,7 @@ def test_clips_without_a_transcript_are_counted(enc, videos, transcripts, tmp_pa
 
 
 def test_features_of_a_fine_tuned_encoder_hide_folds_that_it_saw(enc, tables, tmp_path):
-    from hatemm_clip.data import SPLITS, write_table
+    from hatemm_clip.base import SPLITS, write_table
     folder, clips, said = tables
     rows = [dict(protocol='grouped', fold=k, video_id=v, group=v, part=['train', 'val', 'test'][(i + k) % 3]) for k in range(3) for i, v in enumerate(sorted(set(clips.video_id)))]
     (tmp_path/'clips.parquet').write_bytes((folder/'clips.parquet').read_bytes())
@@ -340,7 +345,7 @@ def columns(store): return {name: store.read()[name].to_pylist() for name in ('c
 @pytest.fixture(scope='module')
 def tables(videos, transcripts, tmp_path_factory):
     "Thirty clips of the six videos, as a stage finds them."
-    from hatemm_clip.data import CLIPS, TRANSCRIPTS, write_table
+    from hatemm_clip.base import CLIPS, TRANSCRIPTS, write_table
     folder = tmp_path_factory.mktemp('tables')
     clips = pd.concat([videos.assign(clip_id=videos.clip_id + f'-{i}', end=videos.end - .3*i) for i in range(5)], ignore_index=True)
     clips = clips.assign(targets=[[]]*30, spans=[[]]*30, duration=clips.end, fps=5., width=96, height=64, has_audio=False, sha256='')
@@ -403,7 +408,7 @@ def test_blocks_of_sound_make_no_difference():
 
 def test_mfcc_equals_librosa():
     librosa = pytest.importorskip('librosa', reason='librosa is the reference; it is not needed otherwise')
-    from hatemm_clip.embed import mfcc
+    from hatemm_clip.encoders import mfcc
     sound = np.random.default_rng(0).normal(0, .1, 700_000).astype(np.float32)*np.linspace(0, 1, 700_000, dtype=np.float32)  # more than a block
     assert np.abs(librosa.feature.mfcc(y=sound, sr=16_000, n_mfcc=40).T - mfcc(sound)).max() < .05
 
@@ -462,7 +467,8 @@ def test_words_in_a_foreign_file(arrays, told, tmp_path):
 
 
 def test_plots_of_one_video_are_empty_and_no_error(enc, videos, transcripts, tmp_path):
-    from hatemm_clip.embed import Features, plot_similarity, plot_similarity_map
+    from hatemm_clip.features import Features
+    from hatemm_clip.explore import plot_similarity, plot_similarity_map
     one = Features(np.array(['a', 'b']), np.array([0, 1]), dict(face=np.ones((2, 1, 2), np.float32)), dict(face=np.ones((2, 1), bool)), np.array(['v', 'v']))
     assert 'no two videos' in plot_similarity(one, 'face').get_title()
     none = Features(one.ids, one.labels, one.arrays, dict(face=np.zeros((2, 1), bool)), one.groups)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from hatemm_clip import fetch
-from hatemm_clip.data import InputError
+from hatemm_clip.base import InputError
 
 HERE = Path(__file__).resolve()
 SHARED = HERE.parents[2] / 'shared'

@@ -15,14 +15,15 @@ import pandas as pd
 import pytest
 import torch
 
-from hatemm_clip.data import CLIPS, TRANSCRIPTS, InputError, LeakError, prepare_data, read_table, write_table
+from hatemm_clip.base import CLIPS, TRANSCRIPTS, InputError, read_table, write_table
+from hatemm_clip.data import LeakError, prepare_data
 from hatemm_clip.demo import make_corpus, read_truth
-from hatemm_clip.embed import load_encoder, merge_adapter, read_features
+from hatemm_clip.encoders import load_encoder, merge_adapter
+from hatemm_clip.features import read_features
 from hatemm_clip import finetune as module
-from hatemm_clip.finetune import (MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, audit_checkpoint, check_gradients,
-                                  chosen_folds, embed_folds, finetune, find_checkpoint, load_checkpoint, make_batch, projection_names,
-                                  read_checkpoint, read_clip_data, read_folds, run_finetune, set_trainable, tower_of,
-                                  trainable_parameters)
+from hatemm_clip.tuning import MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, make_batch, projection_names, read_clip_data, set_trainable, tower_of, trainable_parameters
+from hatemm_clip.training import audit_checkpoint, check_gradients, finetune, find_checkpoint, load_checkpoint, read_checkpoint
+from hatemm_clip.finetune import chosen_folds, embed_folds, read_folds, run_finetune
 
 PARTS = np.where(np.arange(20) < 12, 'train', np.where(np.arange(20) < 16, 'val', 'test'))
 CONFIG = FinetuneConfig(epochs=3, batch_size=4, num_frames=2, rank=4, dropout=0., patience=9)
@@ -486,7 +487,7 @@ def test_killed_embedding_goes_on(run, tmp_path):
     "Rows that a killed run lacks are made; the others stay."
     copy = Path(shutil.copytree(run, tmp_path/'run'))
     whole = read_features(copy/'features-projection-fold1.lance')
-    from hatemm_clip.embed import open_store
+    from hatemm_clip.features import open_store
     open_store(copy/'features-projection-fold1.lance').table.delete(f"clip_id = '{whole.ids[4]}'")
     embed_folds(copy, 'projection', device='cpu')
     again = read_features(copy/'features-projection-fold1.lance')
@@ -519,7 +520,7 @@ def test_real_memes(shared, tmp_path):
 
     from PIL import Image
 
-    from hatemm_clip.embed import preprocess_frames
+    from hatemm_clip.encoders import preprocess_frames
     encoder, images, labels = load_encoder(device='cpu'), [], []
     with tarfile.open(shared/'data/memes/sg_memes_256px.tar') as tar:
         rows = [json.loads(line) for line in tar.extractfile('labels.jsonl').read().splitlines()][:48]
@@ -544,7 +545,7 @@ def test_load_encoder_takes_the_folder(toy, tmp_path, mode):
 def test_heads_train_on_each_folds_own_features(run, tmp_path):
     "The fine-tuned encoders reach the predictions, and a bundle that scores wherever it is moved."
     from hatemm_clip.fusion import crossval, run_fusion
-    from hatemm_clip.serve import Scorer
+    from hatemm_clip.score import Scorer
     copy = Path(shutil.copytree(run, tmp_path/'run'))
     predictions = run_fusion(copy, 'MeanLinear', 'image+text', seeds=1, finetuned='projection', epochs=3, grid={})
     assert sorted(predictions.fold.unique()) == [0, 1, 2]

@@ -6,12 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hatemm_clip.data import InputError
-from hatemm_clip.embed import read_features
-from hatemm_clip.fusion import (HEADS, REFERENCES, FusionClassifier, Member, Rows, accuracy_by, bench_fusion, best_head, blend_runs, choose_runs, combine_heads, compare_heads, compare_protocols, crossval, crossval_folds,
-                                cut_clips, explain, fitting_heads, load_bundle, make_features, make_head, plot_heads, pool_features, predict_members, run_name, save_bundle,
-                                take_members, tfidf_features, train_members, val_losses, with_protocol)
-from hatemm_clip.metrics import summarise_runs
+from hatemm_clip.base import InputError
+from hatemm_clip.features import read_features
+from hatemm_clip.heads import HEADS, fitting_heads, make_head, pool_features
+from hatemm_clip.fusion import REFERENCES, best_head, blend_runs, choose_runs, combine_heads, compare_protocols, crossval, crossval_folds, cut_clips, run_name, val_losses, with_protocol
+from hatemm_clip.classifier import FusionClassifier, explain, load_bundle, save_bundle
+from hatemm_clip.members import Member, Rows, predict_members, take_members, train_members
+from hatemm_clip.compare import accuracy_by, compare_heads, plot_heads
+from hatemm_clip.bench import bench_fusion
+from hatemm_clip.features import make_features, tfidf_features
+from hatemm_clip.compare import summarise_runs
 
 HATEMM = Path(__file__).resolve().parents[2]/'shared/data/hatemm/hatemm_bert_mfcc.npz'
 real = pytest.mark.skipif(not HATEMM.is_file(), reason='needs ../shared/data/hatemm')

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from hatemm_clip.data import cell_flag, leave_out_flagged
+from hatemm_clip.base import cell_flag, leave_out_flagged
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 BIN = sys.executable.rsplit('/', 1)[0]

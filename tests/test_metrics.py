@@ -10,11 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hatemm_clip.data import InputError, read_table, write_table, PREDICTIONS
-from hatemm_clip.metrics import (
-    BINARY_METRICS, ConstantPredictorWarning, binary_metrics, bootstrap_ci, choose_threshold, delong_test, expected_calibration_error,
-    fit_temperature, multiclass_metrics, paired_difference, resample_videos, retrieval_metrics, retrieval_ranks, simulate_predictions,
-    summarise_runs, temporal_map)
+from hatemm_clip.base import InputError, read_table, write_table, PREDICTIONS
+from hatemm_clip.metrics import BINARY_METRICS, ConstantPredictorWarning, binary_metrics, bootstrap_ci, choose_threshold, expected_calibration_error, fit_temperature, multiclass_metrics, resample_videos, retrieval_metrics, retrieval_ranks, simulate_predictions, temporal_map
+from hatemm_clip.compare import delong_test, paired_difference, summarise_runs
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 shared = pytest.mark.skipif(not SHARED.exists(), reason='needs the data beside the checkout')
@@ -83,7 +81,7 @@ def test_three_classes_through_a_table(tmp_path):
     prob = .5 * np.eye(3)[label] + .5 * rng.dirichlet([1, 1, 1], 90)
     table = pd.DataFrame(dict(run='r', train_condition='normal', test_condition='normal', fold=0, seed=0, part='test', label=label,
                               clip_id=[f'c{i}' for i in range(90)], video_id=[f'v{i}' for i in range(90)], prob=list(prob), weight=1.))
-    from hatemm_clip.data import PREDICTIONS_BY_CLASS
+    from hatemm_clip.base import PREDICTIONS_BY_CLASS
     back = read_table(write_table(table, tmp_path / 'p.parquet', PREDICTIONS_BY_CLASS))
     summary = summarise_runs(back, n=20).set_index('metric')['mean']
     assert summary.to_dict() == pytest.approx(multiclass_metrics(label, prob))

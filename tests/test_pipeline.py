@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 
 def test_nothing_is_lost_or_doubled(run):
-    from hatemm_clip.embed import open_store
+    from hatemm_clip.features import open_store
     _, out, _, _ = run
     clips = pd.read_parquet(out/'clips.parquet').clip_id.sort_values().tolist()
     assert len(clips) == 40

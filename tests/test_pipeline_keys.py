@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from hatemm_clip.data import InputError
+from hatemm_clip.base import InputError
 from hatemm_clip.pipeline import STAGES, fingerprint, read_params, run_pipeline, stage_parameters
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"

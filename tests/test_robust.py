@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from hatemm_clip import robust as ro
-from hatemm_clip.data import InputError, read_table
-from hatemm_clip.embed import read_features
-from hatemm_clip.fusion import make_features
-from hatemm_clip.metrics import paired_difference, summarise_runs
+from hatemm_clip.base import InputError, read_table
+from hatemm_clip.features import read_features
+from hatemm_clip.features import make_features
+from hatemm_clip.compare import paired_difference, summarise_runs
 
 KEYS = {'train', 'test', 'auroc', 'auroc_low', 'auroc_high', 'macro_f1_clean_threshold', 'macro_f1_tuned', 'recall', 'delta_auroc_vs_normal', 'delta_auroc_vs_control', 'p'}
 

@@ -7,10 +7,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from hatemm_clip.data import InputError
-from hatemm_clip.embed import FINETUNED, load_encoder, with_precision
-from hatemm_clip.fusion import fit_bundle, make_features
-from hatemm_clip.serve import Scorer, format_scores
+from hatemm_clip.base import InputError
+from hatemm_clip.encoders import FINETUNED, load_encoder, with_precision
+from hatemm_clip.fusion import fit_bundle
+from hatemm_clip.features import make_features
+from hatemm_clip.score import Scorer, format_scores
 
 provenance = cache(lambda: load_encoder(device='cpu').provenance())
 

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from hatemm_clip.data import InputError
-from hatemm_clip.fusion import make_features, with_protocol
+from hatemm_clip.base import InputError
+from hatemm_clip.features import make_features
+from hatemm_clip.fusion import with_protocol
 from hatemm_clip.topics import demo_topics, embed_titles, read_titles, relabel, study_titles, study_topics, topic_differences, topic_table, word_windows
 
 TITLES = Path(__file__).resolve().parents[2]/'shared/data/topics/youtube_6topics_10333.csv'

@@ -16,7 +16,7 @@ def execute(path):
     "Run a notebook in place; flagged cells keep their outputs, unless HATEMM_CELLS names their flag."
     from nbclient import NotebookClient
 
-    from hatemm_clip.data import cell_flag
+    from hatemm_clip.base import cell_flag
     nb = nbformat.read(path, 4)
     held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and (flag := cell_flag(c.source)) and flag not in os.environ.get('HATEMM_CELLS', '')}
     for i in held: nb.cells[i].source = ''
