@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'InputError',
-           'progress', 'cell_flag', 'leave_out_flagged', 'write_table', 'read_table', 'file_sha256', 'table_hash',
-           'check_failures', 'store_lock', 'write_json', 'read_json']
+           'progress', 'cell_flag', 'leave_out_flagged', 'write_atomic', 'remove', 'write_text', 'write_json',
+           'read_json', 'store_lock', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'Run', 'check_failures']
 
 # %% ../nbs/000_base.ipynb #040ac27c
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,81 @@ def leave_out_flagged():
         return [f"print('Left out: this cell needs {FLAGS[flag]}. To run it, run this first: %env HATEMM_CELLS={flag}')\n"]
     shell.input_transformers_cleanup[:] = [t for t in shell.input_transformers_cleanup if getattr(t, '__name__', '') != 'wait_to_be_asked'] + [wait_to_be_asked]
 
+# %% ../nbs/000_base.ipynb #67c33a61
+@contextmanager
+def write_atomic(
+    path: str | Path, # a file, or a folder that does not exist yet
+): # yields the path to write to
+    "Write beside `path`; rename into place if the block succeeds, else leave nothing."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        remove(part)
+        raise
+
+# %% ../nbs/000_base.ipynb #c9733194
+def remove(
+    path: str | Path, # a file, a folder or nothing
+):
+    "Delete a file, or a folder with all that is in it."
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+
+# %% ../nbs/000_base.ipynb #087d415b
+def write_text(
+    path: str | Path,
+    text: str,
+) -> Path: # `path`
+    "Write a text file, whole or not at all, and see it on the disk."
+    with write_atomic(path) as part, open(part, 'w', encoding='utf-8', newline='') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    return Path(path)
+
+# %% ../nbs/000_base.ipynb #8ae7eeab
+def write_json(
+    path: str | Path, # .json
+    content, # what JSON can hold: NaN is refused
+    indent: int | None = 1,
+    sort_keys: bool = False,
+) -> Path: # `path`
+    "Write `content` as JSON, whole or not at all."
+    return write_text(path, json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False) + '\n')
+
+# %% ../nbs/000_base.ipynb #5b463f42
+def read_json(path: Path) -> dict: # empty where there is no such file
+    "Read what `write_json` wrote."
+    if not path.is_file(): return {}
+    try: content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise InputError(f"{path}: not JSON ({e}); delete it and run again") from e
+    if not isinstance(content, dict): raise InputError(f"{path}: not a JSON object; delete it and run again")
+    return content
+
+# %% ../nbs/000_base.ipynb #75a63b4a
+@contextmanager
+def store_lock(
+    path: str | Path, # a table or a feature store
+):
+    "Hold a table or a store for writing: a second run is refused, readers are not."
+    from filelock import FileLock, Timeout
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f'.{path.name}.lock'))
+    try: lock.acquire(timeout=0)
+    except Timeout: raise InputError(f'{path}: another run is writing to it; wait for it, or name another one') from None
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/000_base.ipynb #62893829
+def _no_room(path, error):
+    return InputError(f'{path}: cannot be written ({error.strerror or error}); what was transcribed before is kept: make room and run again')
+
 # %% ../nbs/000_base.ipynb #49477895
 CLIPS = pa.schema([
     ('clip_id', pa.string()), ('video_id', pa.string()), ('dataset', pa.string()), ('path', pa.string()),
@@ -95,12 +171,9 @@ def write_table(
     meta = dict(schema=SCHEMA_VERSION, version=__version__, inputs=inputs, params=params)
     extra = [pa.field(c, pa.array(df[c]).type) for c in df.columns if c not in schema.names]
     table = pa.Table.from_pandas(df, schema=pa.schema([*schema, *extra]), preserve_index=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    pq.write_table(table.replace_schema_metadata({b'hatemm': json.dumps(meta, sort_keys=True).encode()}), part)
-    os.replace(part, path)
-    return path
+    table = table.replace_schema_metadata({b'hatemm': json.dumps(meta, sort_keys=True).encode()})
+    with write_atomic(path) as part: pq.write_table(table, part)
+    return Path(path)
 
 # %% ../nbs/000_base.ipynb #13f794b5
 def read_table(
@@ -131,6 +204,23 @@ def table_hash(
     "Hash a table's content: the same rows give the same hash on any machine."
     return hashlib.sha256(df.to_json(orient='records', double_precision=10).encode()).hexdigest()[:16]
 
+# %% ../nbs/000_base.ipynb #315d8119
+def _inside(name): return property(lambda run: run.folder/name, doc=f'`{name}`')
+
+
+class Run:
+    "The folder of a run, and what lies where in it."
+    clips, splits = _inside('clips.parquet'), _inside('splits.parquet')
+    transcripts, features = _inside('transcripts.parquet'), _inside('features.lance')
+    finetune, bundle = _inside('finetune'), _inside('bundle')
+    predictions, topics = _inside('predictions.parquet'), _inside('topics.parquet')
+    metrics, report, card = _inside('metrics.json'), _inside('report.html'), _inside('MODEL_CARD.md')
+    log = _inside('run.json')
+
+    def __init__(self, folder: str | Path): self.folder = Path(folder)
+    def __fspath__(self): return str(self.folder)
+    def __repr__(self): return f'Run({str(self.folder)!r})'
+
 # %% ../nbs/000_base.ipynb #d090e276
 def check_failures(
     errors: pd.Series, # reason by item; empty for success
@@ -150,41 +240,3 @@ def _reason(error): return (str(getattr(error, 'strerror', None) or error) or ty
 
 # %% ../nbs/000_base.ipynb #0f539962
 def _first_line(error, most=150): return str(error).splitlines()[0][:most] if str(error) else type(error).__name__
-
-# %% ../nbs/000_base.ipynb #75a63b4a
-@contextmanager
-def store_lock(
-    path: str | Path, # a table or a feature store
-):
-    "Hold a table or a store for writing: a second run is refused, readers are not."
-    from filelock import FileLock, Timeout
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f'.{path.name}.lock'))
-    try: lock.acquire(timeout=0)
-    except Timeout: raise InputError(f'{path}: another run is writing to it; wait for it, or name another one') from None
-    try: yield
-    finally: lock.release()
-
-# %% ../nbs/000_base.ipynb #62893829
-def _no_room(path, error):
-    return InputError(f'{path}: cannot be written ({error.strerror or error}); what was transcribed before is kept: make room and run again')
-
-# %% ../nbs/000_base.ipynb #f65f5a8b
-def write_json(path: Path, content: dict) -> None:
-    "Write `content` as JSON; the file appears whole or not at all."
-    part = path.with_name(f'.{path.name}.part')  # one name, so that a killed run leaves nothing that the next does not replace
-    with open(part, 'w', encoding='utf-8') as f:
-        json.dump(content, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-# %% ../nbs/000_base.ipynb #5b463f42
-def read_json(path: Path) -> dict: # empty where there is no such file
-    "Read what `write_json` wrote."
-    if not path.is_file(): return {}
-    try: content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise InputError(f"{path}: not JSON ({e}); delete it and run again") from e
-    if not isinstance(content, dict): raise InputError(f"{path}: not a JSON object; delete it and run again")
-    return content

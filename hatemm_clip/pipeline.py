@@ -39,7 +39,7 @@ USUAL_STAGES = [stage for stage in STAGES if stage != '30_finetune']
 
 def _fail(message):
     "Raise the error that the command shows as one line."
-    from hatemm_clip.data import InputError
+    from hatemm_clip.base import InputError
     raise InputError(message)
 
 
@@ -153,7 +153,7 @@ def read_code(
     notebooks: Path, # folder of the numbered notebooks
 ) -> dict[str, list[str]]: # notebook → its code cells, but for those that a batch leaves out
     "Read the code of all notebooks."
-    from hatemm_clip.data import cell_flag
+    from hatemm_clip.base import cell_flag
     code = {}
     for path in sorted(notebooks.glob('[0-9][0-9]_*.ipynb')):
         sources = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
@@ -186,7 +186,7 @@ def runnable(
 ):  # a notebook node
     "A notebook without the cells that a batch must not run."
     import nbformat
-    from hatemm_clip.data import cell_flag
+    from hatemm_clip.base import cell_flag
     nb = nbformat.read(notebook, 4)
     nb.cells = [c for c in nb.cells if c.cell_type != 'code' or not cell_flag(c.source)]
     for c in nb.cells:
@@ -353,7 +353,7 @@ def main():
     "Entry point of the `hatemm` command: bad input is one line and exit code 2."
     try: app()
     except Exception as e:
-        from hatemm_clip.data import InputError
+        from hatemm_clip.base import InputError
         if not isinstance(e, InputError): raise
         print(f'error: {e}', file=sys.stderr)
         sys.exit(2)
@@ -416,7 +416,7 @@ def score(
     json_file: str = JSON,
 ):
     "Score videos with a trained bundle."
-    from hatemm_clip.serve import format_scores, score_files
+    from hatemm_clip.score import format_scores, score_files
     rows = score_files(bundle, files, device=device)
     _emit(rows, json_file)
     if json_file != '-': print(format_scores(rows))
@@ -452,8 +452,9 @@ def crossval(
     json_file: str = JSON,
 ):
     "Cross-validate fusion heads over the given folds."
-    from hatemm_clip.embed import read_features
-    from hatemm_clip.fusion import combine_heads, crossval, crossval_summary, head_table, with_protocol
+    from hatemm_clip.features import read_features
+    from hatemm_clip.fusion import combine_heads, crossval, with_protocol
+    from hatemm_clip.compare import crossval_summary, head_table
     found, run = read_features(features), Path(features)
     if protocol: found = with_protocol(found, protocol, _splits_of(run))
     heads, sets = head if head == 'all' else head.split(','), modalities.split(',') if modalities else None
@@ -473,7 +474,7 @@ def crossval(
 
 
 def _splits_of(run):
-    from hatemm_clip.data import read_table
+    from hatemm_clip.base import read_table
     return read_table(run/'splits.parquet') if (run/'splits.parquet').is_file() else None
 
 # %% ../nbs/95_pipeline.ipynb #79a0c9e7
@@ -481,8 +482,8 @@ def _write_crossval(predictions, features, out, **settings):
     "The predictions as a table, and their picture beside it."
     import matplotlib
     matplotlib.use('Agg')
-    from hatemm_clip.data import PREDICTIONS, PREDICTIONS_BY_CLASS, write_table
-    from hatemm_clip.fusion import compare_heads, plot_heads
+    from hatemm_clip.base import PREDICTIONS, PREDICTIONS_BY_CLASS, write_table
+    from hatemm_clip.compare import compare_heads, plot_heads
     if Path(out).suffix != '.parquet': _fail(f"--out {out}: expected a name that ends in .parquet")
     write_table(predictions, out, PREDICTIONS if len(features.label_names) == 2 else PREDICTIONS_BY_CLASS, features.provenance.get('splits', ''), **settings)
     plot_heads(compare_heads(predictions, 'macro_f1'), 'macro_f1', f'{len(features)} clips').savefig(Path(out).with_suffix('.png'), dpi=150)
@@ -520,7 +521,7 @@ app.add_typer(features_app, name='features')
 @features_app.command()
 def info(path: str = typer.Argument(..., help='A run, a .lance store or a .npz file.'), json_file: str = JSON):
     "Tell what is in a feature store."
-    from hatemm_clip.embed import features_info, format_info
+    from hatemm_clip.features import features_info, format_info
     found = features_info(path)
     _emit(found, json_file)
     if json_file != '-': print(format_info(found))
@@ -532,7 +533,7 @@ def export(
     out: str = typer.Argument(..., help='A .npz or .safetensors file.'),
 ):
     "Write features as one file."
-    from hatemm_clip.embed import export_features
+    from hatemm_clip.features import export_features
     print(export_features(path, out))
 
 # %% ../nbs/95_pipeline.ipynb #0bc60fdf
