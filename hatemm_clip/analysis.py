@@ -22,7 +22,7 @@ import seaborn as sns
 
 from .base import InputError, read_table
 from .compare import (
-    _head_names, adjust_holm, metric_table, paired_difference, select_part, summarise_heads)
+    head_names, adjust_holm, metric_table, paired_difference, select_part, summarise_heads)
 from .figures import (
     _axes, _DASHES, _draw_band, _finish, _GRID, plot_confusion, plot_precision_recall, plot_reliability,
     plot_risk_coverage, plot_robustness, plot_roc, plot_threshold_cost)
@@ -174,7 +174,7 @@ def _robustness_figures(cells):
 def _report_figures(predictions, positive, part, cells):
     "Heading, PNG and caption of each figure of the report, and whether it needs the whole width."
     rows = select_part(predictions, part)
-    names = _head_names(rows)
+    names = head_names(rows)
     drawn = rows[names.isin(names.unique()[:_MAX_DRAWN])]
     figures = []
     if rows.prob.dtype != object:
@@ -184,7 +184,7 @@ def _report_figures(predictions, positive, part, cells):
                     ('Threshold and cost', plot_threshold_cost(drawn, part=part), 'For looking only: the threshold in use (dot) was chosen elsewhere.'),
                     ('Selective prediction', plot_risk_coverage(drawn, part=part), 'Error rate when doubtful clips go to a person.')]
     label_names = (f'not {positive}', positive) if rows.prob.dtype != object else None
-    for head, group in drawn.groupby(_head_names(drawn), sort=False):
+    for head, group in drawn.groupby(head_names(drawn), sort=False):
         figures.append((f'Confusion matrix, {head}', plot_confusion(group, label_names, part=part), 'Mean count over seeds, and share of the true label.'))
     for run in drawn.run.unique():
         group = rows[rows.run == run]
@@ -198,7 +198,7 @@ def _report_figures(predictions, positive, part, cells):
 # %% ../nbs/60_analysis.ipynb #11068aef
 def _compare_with_first(predictions, part):
     "The first run's name, and rows that compare the others with it."
-    rows = select_part(predictions, part).assign(head=_head_names)
+    rows = select_part(predictions, part).assign(head=head_names)
     first, *others = rows['head'].unique()
     pairs = {}
     for head in others:

@@ -23,8 +23,8 @@ import pandas as pd
 import pyarrow as pa
 
 from .base import (
-    _no_room, check_failures, InputError, progress, read_table, table_hash, TRANSCRIPTS, write_table)
-from .engines import _ahead, _group_rows, _read_clip, ENGINES, ray_shares, start_ray
+    no_room, check_failures, InputError, progress, read_table, table_hash, TRANSCRIPTS, write_table)
+from .engines import read_ahead, _group_rows, _read_clip, ENGINES, ray_shares, start_ray
 from .speech import Asr, load_asr, VAD_THRESHOLD
 
 # %% ../nbs/10_asr.ipynb #ece4dd7d
@@ -118,7 +118,7 @@ def _append(path, line):
             f.write(json.dumps(line) + '\n')
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e: raise _no_room(path, e) from e
+    except OSError as e: raise no_room(path, e) from e
 
 # %% ../nbs/10_asr.ipynb #75a63b4a
 @contextmanager
@@ -228,7 +228,7 @@ def _make_table(asr, clips, known, table, settings, max_failed, resume, engine, 
     failed = check_failures(rows.error, '10_asr', max_failed)
     done = rows[rows.error == ''].reindex(columns=FLAGGED_TRANSCRIPTS.names).astype(object)
     try: write_table(done, table, FLAGGED_TRANSCRIPTS, table_hash(clips[['clip_id', 'inputs']]), **settings, source=asr.source)
-    except OSError as e: raise _no_room(table, e) from e
+    except OSError as e: raise no_room(table, e) from e
     journal.unlink()
     took = time.perf_counter() - began
     print(f'{len(rows)} clips, {failed} failed, {seconds:.0f} s of audio in {took:.0f} s, {seconds/max(took, 1e-9):.0f} x real time')
@@ -260,7 +260,7 @@ def _local_groups(asr, groups):
     "Transcribe groups of clips here, sound being read ahead; yields (group, rows)."
     clips = [clip for members in groups.values() for clip in members]
     with ThreadPoolExecutor(2) as pool:
-        sounds = _ahead(pool, _read_clip, clips, [clip.end - clip.start for clip in clips], asr.batch_size*GROUP_SECONDS)
+        sounds = read_ahead(pool, _read_clip, clips, [clip.end - clip.start for clip in clips], asr.batch_size*GROUP_SECONDS)
         for g, members in groups.items(): yield g, _group_rows(asr, members, [next(sounds) for _ in members])
 
 # %% ../nbs/10_asr.ipynb #0672a409

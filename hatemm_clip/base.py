@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FLAGS', 'CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'InputError',
            'progress', 'cell_flag', 'leave_out_flagged', 'write_atomic', 'remove', 'write_text', 'write_json',
-           'read_json', 'store_lock', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'Run', 'check_failures']
+           'read_json', 'store_lock', 'no_room', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'Run',
+           'check_failures', 'short_hash', 'reason_of', 'first_line']
 
 # %% ../nbs/000_base.ipynb #040ac27c
 import hashlib
@@ -131,7 +132,7 @@ def store_lock(
     finally: lock.release()
 
 # %% ../nbs/000_base.ipynb #62893829
-def _no_room(path, error):
+def no_room(path, error):
     return InputError(f'{path}: cannot be written ({error.strerror or error}); what was transcribed before is kept: make room and run again')
 
 # %% ../nbs/000_base.ipynb #49477895
@@ -233,10 +234,10 @@ def check_failures(
     return len(failed)
 
 # %% ../nbs/000_base.ipynb #05ff7690
-def _digest(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:16]
+def short_hash(*parts): return hashlib.sha256('/'.join(map(str, parts)).encode()).hexdigest()[:16]
 
 # %% ../nbs/000_base.ipynb #cb8c659a
-def _reason(error): return (str(getattr(error, 'strerror', None) or error) or type(error).__name__).splitlines()[0][:120]
+def reason_of(error): return (str(getattr(error, 'strerror', None) or error) or type(error).__name__).splitlines()[0][:120]
 
 # %% ../nbs/000_base.ipynb #0f539962
-def _first_line(error, most=150): return str(error).splitlines()[0][:most] if str(error) else type(error).__name__
+def first_line(error, most=150): return str(error).splitlines()[0][:most] if str(error) else type(error).__name__

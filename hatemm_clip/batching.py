@@ -21,7 +21,7 @@ from .base import InputError
 from .media import read_audio
 from .engines import ray_shares, start_ray
 from .encoders import (
-    _filled, _one_core, encode_frames, encode_tokens, Encoder, load_audio, load_encoder, read_inputs,
+    fill_batch, one_core, encode_frames, encode_tokens, Encoder, load_audio, load_encoder, read_inputs,
     text_windows, with_precision)
 
 # %% ../nbs/19_batching.ipynb #d51ba57a
@@ -131,7 +131,7 @@ class _Embedding:
 
     def _forward(self, modality, batch):
         encode = encode_frames if modality == 'image' else encode_tokens
-        vectors = encode(self.encoder, _filled([x for _, _, x in batch], self.batches.size)).numpy()
+        vectors = encode(self.encoder, fill_batch([x for _, _, x in batch], self.batches.size)).numpy()
         for (row, at, _), vector in zip(batch, vectors): row.vectors[modality, at] = vector
         for row, inputs in Counter(row for row, *_ in batch).items(): self._finish(row, inputs)
 
@@ -163,7 +163,7 @@ def embed_items(
     read = read or (lambda clip: read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end))
     batches = _Batches(clips, batch_size)
     job = _Embedding(batches, encoder, segments, overlap, audio, read)
-    with _one_core(encoder):
+    with one_core(encoder):
         threads = [threading.Thread(target=job.work, daemon=True) for _ in range(max(1, workers))]
         for thread in threads: thread.start()
         try:
@@ -199,7 +199,7 @@ def embed_transcripts(
     tokens, vectors = list(encoder.tokenizer(texts)) if texts else [], np.zeros((len(texts), encoder.dim), np.float32)
     for i in range(0, len(tokens), batch_size):
         batch = tokens[i:i+batch_size]
-        vectors[i:i+batch_size] = encode_tokens(encoder, _filled(batch, batch_size))[:len(batch)]
+        vectors[i:i+batch_size] = encode_tokens(encoder, fill_batch(batch, batch_size))[:len(batch)]
     ends = np.cumsum([len(of_clip) for of_clip in windows.values()])
     return {clip_id: dict(text=vectors[end - len(of_clip):end], text_times=[w['start'] for w in of_clip])
             for (clip_id, of_clip), end in zip(windows.items(), ends)}
@@ -252,7 +252,7 @@ class _RayEncoder:
         for modality, encode in (('image', encode_frames), ('text', encode_tokens)):
             at = np.flatnonzero(rows.modality == modality)
             if not len(at): continue
-            vectors = encode(self.encoder, _filled([self._tensor(modality, rows.data[i]) for i in at], self.size)).numpy()
+            vectors = encode(self.encoder, fill_batch([self._tensor(modality, rows.data[i]) for i in at], self.size)).numpy()
             for i, vector in zip(at, vectors): results[i] = vector.tobytes()
         for i in np.flatnonzero((rows.modality == '') & (rows.error == '')):
             if self.audio: results[i] = self._sound(rows.data[i])

@@ -28,20 +28,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .base import InputError
-from .media import _planned_frames, probe, read_audio, read_frames, sample_times, SR
+from .media import planned_frames, probe, read_audio, read_frames, sample_times, SR
 from .metrics import binary_metrics
 from .compare import paired_difference
 from .speech import find_openai_model, load_asr, word_error_rate
-from .features import _rows, Features, make_features, open_store
+from .features import pack_rows, Features, make_features, open_store
 from hatemm_clip.encoders import (
-    _filled, encode_frames, encode_tokens, load_encoder, pick_device, preprocess_frames, text_windows,
+    fill_batch, encode_frames, encode_tokens, load_encoder, pick_device, preprocess_frames, text_windows,
     with_precision)
 from .batching import embed_images, embed_items
 from .tuning import ClipData, FinetuneConfig
-from .training import _load_base, _memory_mb, _open_session, _train_epoch, memory_advice
+from .training import load_base, peak_memory_mb, open_session, train_epoch, memory_advice
 from .heads import one_thread, pool_features
 from .members import Member, predict_members, Rows, train_members
-from .classifier import _softmax, FusionClassifier
+from .classifier import softmax, FusionClassifier
 
 # %% ../nbs/93_bench.ipynb #ddcf40e7
 def bench_decode(
@@ -243,7 +243,7 @@ def _batched(clips, encoder, workers, folder, decoded=None):
     segments = {c.clip_id: c.segments for c in clips.itertuples()}
     rows = list(embed_items(clips, segments, encoder, workers=workers, read=read_decoded if decoded else None))
     store = open_store(folder/f'{time.monotonic_ns()}.lance', dict(image=encoder.dim, text=encoder.dim), encoder.provenance())
-    store.add(_rows(rows, store.table.schema))
+    store.add(pack_rows(rows, store.table.schema))
 
 # %% ../nbs/93_bench.ipynb #3b4db790
 def _cpu_seconds(function):
@@ -264,7 +264,7 @@ def _floor_parts(clips, encoder, batch_size=32):
     "CPU seconds of each part of the work, alone; how many frames and text windows that is; and the frames of each file."
     parts, images, decoded = dict(decode=0., resize=0., forward=0., text=0.), [], {}
     for clip in clips.itertuples():
-        took, frames = _cpu_seconds(lambda: np.stack(list(_planned_frames(clip.path, sample_times(clip.start, clip.end)))))
+        took, frames = _cpu_seconds(lambda: np.stack(list(planned_frames(clip.path, sample_times(clip.start, clip.end)))))
         parts['decode'] += took
         took, small = _cpu_seconds(lambda: torch.cat([preprocess_frames(f[None], encoder.preprocess) for f in frames]))
         parts['resize'] += took
@@ -273,7 +273,7 @@ def _floor_parts(clips, encoder, batch_size=32):
     tokens = _window_tokens(clips, encoder)
     for part, inputs, encode in (('forward', images, encode_frames), ('text', tokens, encode_tokens)):
         for i in range(0, len(inputs), batch_size):
-            parts[part] += _cpu_seconds(lambda: encode(encoder, _filled(inputs[i:i+batch_size], batch_size)))[0]
+            parts[part] += _cpu_seconds(lambda: encode(encoder, fill_batch(inputs[i:i+batch_size], batch_size)))[0]
     filled = lambda inputs: -(-len(inputs)//batch_size)*batch_size  # what a forward pass was paid for
     counts = dict(decode=len(images), resize=len(images), forward=filled(images), text=filled(tokens))
     return parts, counts, decoded
@@ -416,7 +416,7 @@ def bench_store(
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder)/'bench.lance', dict(image=dim), {})
         row = lambda i: dict(clip_id=f'{i:09d}', image=block[i % 1000], image_times=range(frames))
-        table = lambda ids: _rows([row(i) for i in ids], store.table.schema)
+        table = lambda ids: pack_rows([row(i) for i in ids], store.table.schema)
         for a in range(0, clips, 5000): timed('write', store.add, table(range(a, min(a + 5000, clips))))
         count = len(timed('read', store.table.to_arrow))
         if count != clips: raise RuntimeError(f'{count} of {clips} clips came back')
@@ -509,14 +509,14 @@ def _one_frame_clips(data):
 def _time_epoch(data, config, device):
     "Seconds of an epoch, after a short one to warm up; memory in MB."
     every = np.arange(len(data))
-    session = _open_session(_load_base(config), data, every, every[:2], config, device, 0)
+    session = open_session(load_base(config), data, every, every[:2], config, device, 0)
     for rows in (every[:2*config.batch_size], every):
         session.train = rows
         if device.startswith('cuda'): torch.cuda.synchronize()
         began = time.perf_counter()
-        _train_epoch(session, 1, 0, 2*len(data))
+        train_epoch(session, 1, 0, 2*len(data))
         if device.startswith('cuda'): torch.cuda.synchronize()
-    return time.perf_counter() - began, _memory_mb(device)
+    return time.perf_counter() - began, peak_memory_mb(device)
 
 # %% ../nbs/93_bench.ipynb #a831849f
 class _ClipFiles(torch.utils.data.Dataset):
@@ -583,7 +583,7 @@ def _train_at_once(folder, labels, train, test, epochs, seeds):
     frames = Features(np.arange(len(labels)), labels, *_padded([c[:-1] for c in clips], [c[-1:] for c in clips]), groups=np.arange(len(labels)))
     data, config = Rows(pool_features(frames)), FusionClassifier(epochs=epochs, patience=epochs, batch_size=128)
     members = train_members(data, labels, [Member(train, np.arange(0), s, lr=2e-3) for s in range(seeds)], config)
-    return _softmax(predict_members(members, data, np.tile(test, (seeds, 1))))[..., 1]
+    return softmax(predict_members(members, data, np.tile(test, (seeds, 1))))[..., 1]
 
 # %% ../nbs/93_bench.ipynb #28ec2ccb
 def _padded(frames, texts):

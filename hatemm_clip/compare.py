@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_COLUMNS', 'TABLE_METRICS', 'prediction_arrays', 'select_part', 'summarise_runs', 'match_runs',
-           'paired_difference', 'adjust_holm', 'mcnemar_test', 'delong_test', 'corrected_resampled_ttest',
+           'paired_difference', 'adjust_holm', 'mcnemar_test', 'delong_test', 'corrected_resampled_ttest', 'head_names',
            'summarise_heads', 'metric_table', 'modality_values', 'crossval_summary', 'compare_heads', 'head_table',
            'plot_heads', 'accuracy_by', 'format_by', 'mean_auroc', 'mean_macro_f1', 'control_of', 'matrix_cells',
            'agreement']
@@ -215,7 +215,7 @@ def corrected_resampled_ttest(
     return _warn_undefined({k: float(v) for k, v in values.items()}, 'all differences are equal')
 
 # %% ../nbs/06_compare.ipynb #09e96c12
-def _head_names(predictions):
+def head_names(predictions):
     "Run name of each row, with the conditions where they are not the run's first."
     conditions = predictions.train_condition + ' → ' + predictions.test_condition
     plain = conditions == conditions.groupby(predictions.run).transform('first')
@@ -230,7 +230,7 @@ def summarise_heads(
     seed: int = 0, # of the resampling
 ) -> pd.DataFrame: # `summarise_runs` with one column `head` for run and conditions
     "Summary with one name per row."
-    return summarise_runs(predictions.assign(head=_head_names(predictions)), metrics, by=('head',), part=part, n=n, seed=seed)
+    return summarise_runs(predictions.assign(head=head_names(predictions)), metrics, by=('head',), part=part, n=n, seed=seed)
 
 # %% ../nbs/06_compare.ipynb #d888b978
 TABLE_METRICS = ('accuracy', 'macro_f1', 'auroc', 'average_precision', 'ece')
@@ -259,7 +259,7 @@ def modality_values(
 ) -> dict: # frozenset of modalities -> value, mean over seeds; the empty set is the base rate
     "Value of a metric for every subset of modalities."
     tables = predictions if isinstance(predictions, dict) else _by_modality(predictions, head)
-    mixed = ['+'.join(sorted(subset)) for subset, table in tables.items() if _head_names(table).nunique() > 1]
+    mixed = ['+'.join(sorted(subset)) for subset, table in tables.items() if head_names(table).nunique() > 1]
     if mixed: raise InputError(f'predictions: {mixed} hold several runs or conditions; select one first')
     values = {subset: summarise_runs(table, metric, part=part, n=1)['mean'].item() for subset, table in tables.items()}
     if frozenset() not in values:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .base import (
-    _digest, check_failures, CLIPS, file_sha256, InputError, progress, SPLITS, table_hash, write_table)
+    short_hash, check_failures, CLIPS, file_sha256, InputError, progress, SPLITS, table_hash, write_table)
 from .media import frame_hashes, measure_length, MediaError, probe, read_frames
 
 # %% ../nbs/00_data.ipynb #38d4bc08
@@ -165,7 +165,7 @@ def read_dataset(
     doubled = videos.video_id[videos.video_id.duplicated()].tolist()
     if doubled and 'part' not in videos: raise InputError(f"{data_dir}: {doubled[0]} is annotated twice; keep one row a video")
     videos = videos.drop_duplicates('video_id')
-    return videos.iloc[np.argsort([_digest(name, v) for v in videos.video_id])].reset_index(drop=True)
+    return videos.iloc[np.argsort([short_hash(name, v) for v in videos.video_id])].reset_index(drop=True)
 
 # %% ../nbs/00_data.ipynb #37cebdab
 UNREADABLE = dict(duration=0., fps=0., width=0, height=0, has_audio=False, sha256='', hashes=None)
@@ -208,7 +208,7 @@ def make_windows(
                  oracle_snippets=_oracle_rule(videos, gap, seed) if window == 'oracle_snippets' else None)
     rows = [dict(v._asdict(), start=float(a), end=float(b)) for v in videos.itertuples(index=False) for a, b in rules[window](v)]
     clips = pd.DataFrame(rows)
-    clips['clip_id'] = [_digest(c.dataset, c.video_id, f'{c.start:.3f}', f'{c.end:.3f}') for c in clips.itertuples()]
+    clips['clip_id'] = [short_hash(c.dataset, c.video_id, f'{c.start:.3f}', f'{c.end:.3f}') for c in clips.itertuples()]
     clips['overlap'] = [_overlap(c.start, c.end, c.spans) for c in clips.itertuples()]
     return clips.sort_values('clip_id', ignore_index=True)
 
@@ -279,7 +279,7 @@ def find_groups(
         names = [v for v in videos.video_id if v in hashes]
         together += [(at[names[i]], at[names[j]]) for i, j in near_duplicates(np.stack([hashes[v] for v in names]), max_bits)]
     component = _components(len(videos), together)
-    first = videos.video_id.groupby(component).transform(lambda ids: _digest(min(ids)))
+    first = videos.video_id.groupby(component).transform(lambda ids: short_hash(min(ids)))
     return pd.Series(first.values, index=videos.video_id, name='group')
 
 # %% ../nbs/00_data.ipynb #4f1622ba

@@ -14,7 +14,7 @@ import pandas as pd
 from .base import check_failures, InputError, progress, read_table
 from .engines import ENGINES
 from .asr import input_hash, store_lock
-from .features import _has_version, _precision_of, _rows, FeatureStore, open_store
+from .features import is_store, store_precision, pack_rows, FeatureStore, open_store
 from .encoders import Encoder, load_audio, load_encoder, with_precision
 from .batching import embed_items, ray_items
 
@@ -67,7 +67,7 @@ def embed_clips(
     if engine not in ENGINES: raise InputError(f"engine is '{engine}'; expected one of {', '.join(ENGINES)}")
     began, silent = time.perf_counter(), _without_transcript(clips, transcripts, max_failed)
     with store_lock(store_path):
-        encoder = with_precision(encoder, (_precision_of(store_path) or 'auto') if precision == 'auto' else precision)
+        encoder = with_precision(encoder, (store_precision(store_path) or 'auto') if precision == 'auto' else precision)
         embed_audio, width, audio_made = load_audio(audio)
         dims = dict(image=encoder.dim, text=encoder.dim) | (dict(audio=width) if audio else {})
         store = open_store(store_path, dims, dict(encoder.provenance(), **audio_made, fps=fps, overlap=overlap, asr=_asr_of(transcripts)))
@@ -91,9 +91,9 @@ def _commit(store, results, hashes, commit_every, todo):
     for result in results:
         waiting.append(dict(result, inputs=hashes[result['clip_id']]))
         if len(waiting) == commit_every:
-            write(_rows(waiting, store.table.schema))
+            write(pack_rows(waiting, store.table.schema))
             waiting = []
-    if waiting: write(_rows(waiting, store.table.schema))
+    if waiting: write(pack_rows(waiting, store.table.schema))
     if todo: store.compact()
 
 # %% ../nbs/20_embed.ipynb #d2a18f13
@@ -120,4 +120,4 @@ def demo_run(
 # %% ../nbs/20_embed.ipynb #537b21bd
 def _is_whole(path, clips):
     "Whether a store has every clip, however it was made."
-    return _has_version(path) and set(clips.clip_id) <= set(open_store(path).clip_ids())
+    return is_store(path) and set(clips.clip_id) <= set(open_store(path).clip_ids())

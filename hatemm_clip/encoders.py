@@ -6,7 +6,7 @@
 __all__ = ['FINETUNED', 'PRECISIONS', 'SMALL', 'AUDIO', 'AUDIO_WINDOW', 'FFT', 'HOP', 'MELS', 'COEFFICIENTS', 'CHUNK', 'Encoder',
            'pick_device', 'load_encoder', 'merge_adapter', 'faster_precision', 'with_precision', 'encoder_of',
            'preprocess_frames', 'encode_frames', 'text_windows', 'encode_texts', 'encode_tokens', 'mel_filters', 'mfcc',
-           'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'read_inputs']
+           'mfcc_windows', 'whisper_windows', 'whisper_dim', 'load_audio', 'read_inputs', 'one_core', 'fill_batch']
 
 # %% ../nbs/18_encoders.ipynb #da2b1f9e
 import hashlib
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import _first_line, file_sha256, InputError
-from .media import _planned_frames, iter_frames, probe, sample_times, SR
+from .base import first_line, file_sha256, InputError
+from .media import planned_frames, iter_frames, probe, sample_times, SR
 from .tiny_clip import NAME as TINY, register_tiny
 
 # %% ../nbs/18_encoders.ipynb #ea057bbf
@@ -81,7 +81,7 @@ def load_encoder(
     with _quiet():
         try: model = open_clip.create_model(name, pretrained=pretrained or None, device=pick_device(device))
         except Exception as e:
-            raise InputError(f'{name}/{pretrained} cannot be loaded ({_first_line(e)}); '
+            raise InputError(f'{name}/{pretrained} cannot be loaded ({first_line(e)}); '
                              f'with no network, use --encoder {TINY} or give a checkpoint file') from e
     return _as_encoder(model, name, pretrained, pick_device(device))
 
@@ -138,7 +138,7 @@ def _change_weights(model, file, name):
     "Load the weights of a file, all of which must fit, in place of the model's."
     from safetensors.torch import load_file
     try: weights = load_file(file)
-    except Exception as e: raise InputError(f'{file}: not readable ({_first_line(e, 100)}); run 30_finetune again') from e
+    except Exception as e: raise InputError(f'{file}: not readable ({first_line(e, 100)}); run 30_finetune again') from e
     known = model.state_dict()
     wrong = [k for k, w in weights.items() if k not in known or known[k].shape != w.shape]
     if wrong:
@@ -155,7 +155,7 @@ def merge_adapter(
     from peft import PeftModel
     try: model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as e:
-        raise InputError(f'{folder}: the adapters do not fit {base.name} ({_first_line(e, 100)}); '
+        raise InputError(f'{folder}: the adapters do not fit {base.name} ({first_line(e, 100)}); '
                          'were they made for another architecture?') from e
     parts = base.weights_sha256 + file_sha256(Path(folder)/'adapter_model.safetensors')  # the last bits of the sum differ between machines
     return replace(base, model=model.eval(), weights_sha256=hashlib.sha256(parts.encode()).hexdigest())
@@ -401,7 +401,7 @@ def read_inputs(
     info, done = probe(path), 0
     times = sample_times(start, min(end, info['duration'] or end), fps=fps) if info['has_video'] else np.zeros(0)
     try:
-        frames = _planned_frames(str(path), times) if len(times) else iter(())
+        frames = planned_frames(str(path), times) if len(times) else iter(())
         for i in range(0, len(times), CHUNK):
             yield torch.cat([preprocess_frames(next(frames)[None], preprocess) for _ in times[i:i+CHUNK]]), times[i:i+CHUNK]
             done = i + CHUNK
@@ -413,7 +413,7 @@ def read_inputs(
 
 # %% ../nbs/18_encoders.ipynb #25629308
 @contextmanager
-def _one_core(encoder):
+def one_core(encoder):
     "Torch on one thread: here threads work side by side on batches of their own."
     before = torch.get_num_threads()
     if encoder.device == 'cpu': torch.set_num_threads(1)
@@ -421,6 +421,6 @@ def _one_core(encoder):
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/18_encoders.ipynb #20086372
-def _filled(inputs, size):
+def fill_batch(inputs, size):
     "A batch of exactly `size`; what is missing repeats the last item."
     return torch.cat([torch.stack(inputs), inputs[-1].expand(size - len(inputs), *inputs[-1].shape)])

@@ -17,7 +17,7 @@ import seaborn as sns
 
 from .base import InputError
 from .metrics import ranking_counts, resample_videos
-from .compare import _head_names, prediction_arrays, select_part, summarise_heads, summarise_runs
+from .compare import head_names, prediction_arrays, select_part, summarise_heads, summarise_runs
 
 # %% ../nbs/58_figures.ipynb #e979bc6c
 _DASHES = ('-', '--', '-.', ':')
@@ -41,7 +41,7 @@ def _heads(predictions, part):
     if rows.prob.dtype == object: raise InputError('predictions: more than two classes; this figure draws two')
     colours = sns.color_palette('colorblind')
     return [(head, group, dict(color=colours[i % len(colours)], ls=_DASHES[i % len(_DASHES)]))
-            for i, (head, group) in enumerate(rows.groupby(_head_names(rows), sort=False))]
+            for i, (head, group) in enumerate(rows.groupby(head_names(rows), sort=False))]
 
 # %% ../nbs/58_figures.ipynb #10c6c941
 def _axes(ax, figsize=(5, 4.2)):
@@ -186,7 +186,7 @@ def plot_confusion(
 ) -> plt.Axes: # a heat map with counts and row percentages
     "Confusion matrix of one run, mean over seeds."
     rows = select_part(predictions, part)
-    heads = _head_names(rows).unique()
+    heads = head_names(rows).unique()
     if len(heads) > 1: raise InputError(f'predictions: {len(heads)} runs ({heads[0]}, {heads[1]}, …); a confusion matrix takes one')
     labels, probs, preds, weight = prediction_arrays(rows)
     names = label_names or (('not hateful', 'hateful') if probs.ndim == 1 else range(probs.shape[1]))
@@ -335,7 +335,7 @@ def error_list(
     "Clips that are misjudged, worst first."
     rows = select_part(predictions, part)
     labels, probs, preds, _ = prediction_arrays(rows)
-    rows = rows.assign(head=_head_names(rows), prob=probs if probs.ndim == 1 else probs.max(1), wrong=preds != labels)
+    rows = rows.assign(head=head_names(rows), prob=probs if probs.ndim == 1 else probs.max(1), wrong=preds != labels)
     errors = rows.groupby(['head', 'clip_id', 'video_id', 'label'], sort=False).agg(prob=('prob', 'mean'), wrong=('wrong', 'mean')).reset_index()
     errors = errors[errors.wrong > 0].assign(error=lambda e: np.where(e.label == 1, 'missed', 'false alarm'))
     keys = ['head', 'error', 'wrong', 'prob', 'clip_id']
@@ -387,7 +387,7 @@ def risk_coverage(
     "Error rate among the clips that the model keeps."
     rows = select_part(predictions, part)
     tables = []
-    for head, group in rows.groupby(_head_names(rows), sort=False):
+    for head, group in rows.groupby(head_names(rows), sort=False):
         risk, low, high = _band(group, _risk, n, seed)
         tables.append(pd.DataFrame(dict(head=head, coverage=_COVERAGE, risk=risk, low=low, high=high)))
     return pd.concat(tables, ignore_index=True)

@@ -27,10 +27,10 @@ from .demo import read_truth
 from .metrics import apply_temperature, fit_temperature
 from .compare import paired_difference
 from .features import (
-    _deal, check_features, check_training, Features, read_features, sort_modalities)
+    deal_folds, check_features, check_training, Features, read_features, sort_modalities)
 from .heads import fitting_heads, HEADS
 from .members import predict_members, Rows, take_members, train_members
-from .classifier import _softmax, choose_calibration, FusionClassifier, save_bundle
+from .classifier import softmax, choose_calibration, FusionClassifier, save_bundle
 
 # %% ../nbs/40_fusion.ipynb #6c8daf87
 GRIDS = {name: dict(mixup=[0., .4], label_smoothing=[.1]) for name in HEADS}
@@ -157,7 +157,7 @@ def _predictions(features, data, parts, pairs, members, config, run):
     tables = []
     for i, (k, s) in enumerate(pairs):
         nets = take_members(members, np.arange(i * config.ensemble, (i + 1) * config.ensemble))
-        score = lambda rows: _softmax(predict_members(nets, data, np.tile(rows, (config.ensemble, 1)), [k] * config.ensemble)).mean(0)
+        score = lambda rows: softmax(predict_members(nets, data, np.tile(rows, (config.ensemble, 1)), [k] * config.ensemble)).mean(0)
         tables.append(_calibrated(features, parts[k], {p: score(parts[k][p]) for p in ('val', 'test')}, run, k, s))
     return tables
 
@@ -187,7 +187,7 @@ def _reference(head, C):
 def _decisions(model, x):
     "Decision values as probabilities (n, C): sigmoid or softmax, to be calibrated."
     values = model.decision_function(x)
-    return _softmax(np.stack([-values, values], axis=1) / 2 if values.ndim == 1 else values)
+    return softmax(np.stack([-values, values], axis=1) / 2 if values.ndim == 1 else values)
 
 # %% ../nbs/40_fusion.ipynb #86109044
 def _reference_run(features, data, parts, head, run, numbers):
@@ -334,7 +334,7 @@ def fit_bundle(
     model = FusionClassifier(head, modalities=modalities, seed=seed, **params)
     kept = model._prepare(check_training(check_features(sort_modalities(features, modalities))))
     if features.split is None and features.provenance.get('checkpoint'): raise InputError("these features come from an encoder that was fine-tuned on some of the videos; give the split that it kept to")
-    parts = features.split[0] if features.split is not None else _deal(features.labels, features.groups, 5, seed)[0]
+    parts = features.split[0] if features.split is not None else deal_folds(features.labels, features.groups, 5, seed)[0]
     part = dict(train=np.flatnonzero(parts != 'val'), val=np.flatnonzero(parts == 'val'))
     model.set_params(**_choose_settings(Rows(kept, device=model.device), features.labels, [part], model, _grid_of(head, grid, params), seed)[0])
     model.fit(features[part['train']], val=features[part['val']])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_RATE', 'SAMPLINGS', 'KEY_MARGIN', 'DECODERS', 'SR', 'SPEECH_SR', 'VOICES', 'SEEK_FROM', 'MediaError', 'probe',
            'measure_length', 'sample_times', 'iter_frames', 'read_frames', 'save_frames', 'read_audio', 'frame_hashes',
-           'write_video', 'frame_plan']
+           'write_video', 'frame_plan', 'planned_frames']
 
 # %% ../nbs/001_media.ipynb #ab1b820a
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import _reason, InputError
+from .base import reason_of, InputError
 
 # %% ../nbs/001_media.ipynb #9dc24f14
 class MediaError(InputError):
@@ -38,7 +38,7 @@ def probe(
             info = dict(format=container.format.name, duration=duration, fps=0., width=0, height=0, has_video=video is not None, has_audio=audio is not None)
             if video is not None: info.update(fps=float(video.average_rate or 0), width=video.width, height=video.height)
         if not 0 < duration <= path.stat().st_size/LEAST_RATE: info['duration'] = measure_length(path)
-    except (av.error.FFmpegError, ValueError, OverflowError, AttributeError) as e: raise MediaError(f"{path}: not a readable media file ({_reason(e)}); fetch or export it again") from e
+    except (av.error.FFmpegError, ValueError, OverflowError, AttributeError) as e: raise MediaError(f"{path}: not a readable media file ({reason_of(e)}); fetch or export it again") from e
     if video is None and audio is None: raise MediaError(f"{path}: holds neither video nor audio")
     return info
 
@@ -175,7 +175,7 @@ def iter_frames(
             pictures, times = zip(*found)
             yield np.stack(pictures), np.array(times)
     except MediaError: raise
-    except Exception as e: raise MediaError(f"{path}: the video cannot be decoded ({_reason(e)}); fetch or export it again") from e
+    except Exception as e: raise MediaError(f"{path}: the video cannot be decoded ({reason_of(e)}); fetch or export it again") from e
 
 # %% ../nbs/001_media.ipynb #40428c51
 def read_frames(
@@ -229,7 +229,7 @@ def read_audio(
                     have += samples.size
                 if have >= stop: break
     except (av.error.FFmpegError, ValueError) as e:
-        if not have: raise MediaError(f"{path}: the sound cannot be decoded ({_reason(e)}); fetch or export it again") from e
+        if not have: raise MediaError(f"{path}: the sound cannot be decoded ({reason_of(e)}); fetch or export it again") from e
     return (np.concatenate(blocks) if blocks else np.zeros(0)).astype(np.float32)/2**15
 
 # %% ../nbs/001_media.ipynb #8f435a04
@@ -341,7 +341,7 @@ def _sent_packets(container, stream, packets, send):
         yield number, packet
 
 # %% ../nbs/001_media.ipynb #95c6434e
-def _planned_frames(path, times):
+def planned_frames(path, times):
     "RGB frames on screen at `times`, reading and decoding no more than that takes."
     import av
     pts, seconds, keys, visible = packets = _packets(path, os.stat(path).st_mtime_ns)

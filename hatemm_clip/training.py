@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'find_checkpoint', 'read_checkpoint', 'load_checkpoint', 'seen_by', 'audit_checkpoint',
-           'pick_precision', 'check_gradients', 'memory_advice', 'check_parts', 'Finetuned', 'finetune', 'plot_history']
+           'pick_precision', 'load_base', 'open_session', 'check_gradients', 'train_epoch', 'memory_advice',
+           'check_parts', 'Finetuned', 'peak_memory_mb', 'finetune', 'plot_history']
 
 # %% ../nbs/28_training.ipynb #bf09512e
 import contextlib
@@ -202,13 +203,13 @@ def pick_precision(
     return getattr(torch, precision)
 
 # %% ../nbs/28_training.ipynb #f068c423
-def _load_base(config):
+def load_base(config):
     "The encoder to start from; the seed is for weights that are random."
     torch.manual_seed(config.seed)
     return load_encoder(config.encoder, config.pretrained, 'cpu')
 
 # %% ../nbs/28_training.ipynb #f516a96f
-def _open_session(encoder, data, train, val, config, device, workers):
+def open_session(encoder, data, train, val, config, device, workers):
     "Build model, optimiser and processes."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.mode == 'full')
@@ -265,7 +266,7 @@ def check_gradients(
                              "and none gets a gradient; this architecture cannot be trained so")
 
 # %% ../nbs/28_training.ipynb #b64a3645
-def _train_epoch(session, epoch, steps_before, total):
+def train_epoch(session, epoch, steps_before, total):
     "One epoch of steps: their mean loss."
     s, config, world, rank = session, session.config, session.accelerator.num_processes, session.accelerator.process_index
     torch.manual_seed(int(np.random.SeedSequence([config.seed, epoch, rank]).generate_state(1)[0]))
@@ -439,7 +440,7 @@ class Finetuned:
                     seconds=h.seconds.sum(), images_per_s=h.images_per_s.median(), memory_mb=h.memory_mb.max())
 
 # %% ../nbs/28_training.ipynb #faf78106
-def _memory_mb(device):
+def peak_memory_mb(device):
     "On a GPU the most that was allocated; on a CPU what the process holds now, with all that it holds beside the model."
     if device.startswith('cuda'): return torch.cuda.max_memory_allocated(device)/2**20
     import psutil
@@ -461,11 +462,11 @@ def finetune(
     folder, info = Path(folder), info or {}
     train, val = check_parts(data, parts, f"fold {info['fold']}" if 'fold' in info else 'the split')
     with torch.random.fork_rng(), memory_advice(config):
-        encoder = _load_base(config)
+        encoder = load_base(config)
         key = _key(data, train, val, config, encoder)
         if (folder/'history.json').exists(): return _read_finished(folder, key)
         folder.mkdir(parents=True, exist_ok=True)
-        session = _open_session(encoder, data, train, val, config, device, workers)
+        session = open_session(encoder, data, train, val, config, device, workers)
         about = dict(_about(session, encoder), **info, seen=seen_by(data, parts))
         with _logger(log_dir, session) as log: history = _fit(session, folder, key, about, log, on_epoch)
     done = dict(key=key, history=history, data=data.summary(), **{k: about[k] for k in ('parameters', 'untrained')})
@@ -517,12 +518,12 @@ def _fit(session, folder, key, about, log, on_epoch):
 def _epoch(session, epoch):
     "Train and validate: a row of the history."
     s, began, steps = session, time.perf_counter(), -(-len(session.train)//session.config.batch_size)
-    loss = _train_epoch(s, epoch, (epoch - 1)*steps, s.config.epochs*steps)
+    loss = train_epoch(s, epoch, (epoch - 1)*steps, s.config.epochs*steps)
     took = time.perf_counter() - began
     images = int(np.minimum(s.data.counts[s.train], s.config.num_frames).sum())
     return dict(epoch=epoch, train_loss=loss, **_validate(s), lr=s.optimizer.param_groups[0]['lr'],
                 seconds=time.perf_counter() - began, clips_per_s=len(s.train)/took, images_per_s=images/took,
-                memory_mb=_memory_mb(s.device))
+                memory_mb=peak_memory_mb(s.device))
 
 # %% ../nbs/28_training.ipynb #cbf33fd4
 def _stale(history, patience):

@@ -380,7 +380,7 @@ def test_reading_ahead_is_bounded_by_seconds():
         return seconds
     items = np.random.default_rng(0).choice([5, 30, 400], 60).tolist()
     with ThreadPoolExecutor(4) as pool:
-        for i, seconds in enumerate(module._ahead(pool, read, items, items, 100)):
+        for i, seconds in enumerate(module.read_ahead(pool, read, items, items, 100)):
             assert seconds == items[i]
             with lock: held.remove(seconds)
     assert max(most) <= 500 and len(most) == 60

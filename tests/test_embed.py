@@ -22,8 +22,8 @@ from hatemm_clip.media import iter_frames, read_frames, sample_times
 from hatemm_clip.media import write_video
 from hatemm_clip import embed as module
 from hatemm_clip.encoders import CHUNK, Encoder, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
-from hatemm_clip.features import FeatureStore, _rows, export_features, features_info, format_info, open_store, read_features
-from hatemm_clip.media import _planned_frames, frame_plan
+from hatemm_clip.features import FeatureStore, pack_rows, export_features, features_info, format_info, open_store, read_features
+from hatemm_clip.media import planned_frames, frame_plan
 from hatemm_clip.bench import bench_embed, bench_memory
 from hatemm_clip.embed import demo_run, embed_clips
 from hatemm_clip.batching import embed_images, embed_items
@@ -86,7 +86,7 @@ def test_preprocessing_equals_the_transform_bit_by_bit(shape, mode):
 def test_the_plan_shows_the_same_frames(fps, shared):
     for file in real_videos(shared):
         expected, times = read_frames(file, fps=fps)
-        got = np.stack(list(_planned_frames(str(file), times)))
+        got = np.stack(list(planned_frames(str(file), times)))
         assert np.array_equal(got, expected), file.name
 
 
@@ -94,7 +94,7 @@ def test_the_plan_shows_the_same_frames(fps, shared):
 def test_the_plan_keeps_to_the_window(window, shared):
     file = shared/'data/videos/autoeditor_example.mp4'
     expected, times = read_frames(file, fps=2, start=window[0], end=window[1])
-    assert np.array_equal(np.stack(list(_planned_frames(str(file), times))), expected)
+    assert np.array_equal(np.stack(list(planned_frames(str(file), times))), expected)
 
 
 @pytest.mark.parametrize('options', [dict(bf='3', g='30'), dict(bf='0'), {'bf': '4', 'g': '12', 'x264-params': 'open-gop=1:b-pyramid=normal'}])
@@ -120,7 +120,7 @@ def test_the_plan_holds_for_other_ways_to_encode(options, tmp_path, monkeypatch)
             expected, times = read_frames(path, fps=5, start=window[0], end=window[1])
             got = torch.cat([x for x, _ in read_inputs(path, preprocess, 5, *window)])
             assert torch.equal(got, preprocess_frames(expected, preprocess)), (container, window)
-            if container in ('mp4', 'mkv'): assert np.array_equal(np.stack(list(_planned_frames(str(path), times))), expected), (container, window)
+            if container in ('mp4', 'mkv'): assert np.array_equal(np.stack(list(planned_frames(str(path), times))), expected), (container, window)
         monkeypatch.undo()
 
 
@@ -258,7 +258,7 @@ def test_features_of_a_fine_tuned_encoder_hide_folds_that_it_saw(enc, tables, tm
     assert whole.split.shape == (3, 30)
     for name, checkpoint, expected in (('fold', dict(protocol='fold', fold=1), whole.split[[1]]), ('single', dict(protocol='single'), None)):
         store = open_store(tmp_path/f'{name}.lance', dict(image=enc.dim, text=enc.dim), dict(enc.provenance(), checkpoint=checkpoint))
-        store.add(_rows([dict(clip_id=c, image=np.ones((1, enc.dim)), image_times=[0.]) for c in clips.clip_id], store.table.schema))
+        store.add(pack_rows([dict(clip_id=c, image=np.ones((1, enc.dim)), image_times=[0.]) for c in clips.clip_id], store.table.schema))
         split, info = read_features(tmp_path/f'{name}.lance').split, features_info(tmp_path/f'{name}.lance')
         assert (split is None) if expected is None else np.array_equal(split, expected)
         assert info['folds'] == (0 if expected is None else 1)
@@ -374,11 +374,11 @@ def test_a_full_disk_is_told_and_the_store_stays_readable(enc, videos, transcrip
     code = f"""
 import resource, signal
 import numpy as np
-from hatemm_clip.embed import _rows, open_store
+from hatemm_clip.embed import pack_rows, open_store
 store = open_store({str(tmp_path/'a.lance')!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-store.add(_rows([dict(clip_id=f'n{{i}}', image=np.ones((600, 128)), image_times=[0.]*600) for i in range(9)], store.table.schema))
+store.add(pack_rows([dict(clip_id=f'n{{i}}', image=np.ones((600, 128)), image_times=[0.]*600) for i in range(9)], store.table.schema))
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     told = done.stderr.strip().splitlines()[-1]
@@ -450,10 +450,10 @@ def test_a_jump_that_goes_too_far_is_noticed(tmp_path, monkeypatch):
         def __getattr__(self, name): return getattr(self.container, name)
         def seek(self, at, stream): self.container.seek(int(9/stream.time_base), stream=stream)
     monkeypatch.setattr(module, 'SEEK_FROM', 1.)
-    expected = list(_planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
+    expected = list(planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
     assert abs(expected[0].mean() - 2*47) < 3
     monkeypatch.setattr(av, 'open', Far)
-    with pytest.raises(ValueError, match='the jump went too far'): list(_planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
+    with pytest.raises(ValueError, match='the jump went too far'): list(planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
 
 
 @pytest.mark.parametrize('arrays, told', [

@@ -354,9 +354,9 @@ def test_float16_scales_its_loss(toy, tmp_path, monkeypatch):
     stop = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row['epoch'] == 2 else None
     with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu', on_epoch=stop)
     np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')), losses(done))
-    encoder = module._load_base(CONFIG)
+    encoder = module.load_base(CONFIG)
     train, val = module.check_parts(toy, PARTS)
-    session = module._open_session(encoder, toy, train, val, CONFIG, 'cpu', 0)
+    session = module.open_session(encoder, toy, train, val, CONFIG, 'cpu', 0)
     head, scale = session.model.head.out.weight.detach().clone(), session.scaler.get_scale()
     assert session.scaler.is_enabled() and scale > 1
     batch = make_batch(toy, train[:4], np.full(4, 1e38, np.float32), CONFIG, encoder.tokenizer)
@@ -509,8 +509,8 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
 def test_random_vit_takes_steps():
     "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
     config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0.), make_toy(4, size=224)
-    session = module._open_session(module._load_base(config), data, np.arange(4), np.arange(2), config, 'cpu', 0)
-    found = [module._train_epoch(session, epoch, epoch, 50) for epoch in range(3)]
+    session = module.open_session(module.load_base(config), data, np.arange(4), np.arange(2), config, 'cpu', 0)
+    found = [module.train_epoch(session, epoch, epoch, 50) for epoch in range(3)]
     assert session.reached == {'image', 'text'} and found[-1] < found[0]
 
 
