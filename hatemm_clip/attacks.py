@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from .base import InputError, read_table
 from .media import iter_frames, read_audio
-from .demo import PLACE_NAMES, TIMES
+from .scenes import PLACE_NAMES, TIMES
 from .features import Features
 from .encoders import (
     CHUNK, encode_frames, Encoder, load_encoder, preprocess_frames, with_precision)
