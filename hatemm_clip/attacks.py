@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from .base import InputError, read_table
 from .media import iter_frames, read_audio
-from .demo import PLACE_NAMES, TIMES
+from .scenes import PLACE_NAMES, TIMES
 from .features import Features
 from .encoders import (
     CHUNK, encode_frames, Encoder, load_encoder, preprocess_frames, with_precision)
@@ -65,7 +65,7 @@ def draw_donors(
     modality: str, # that is swapped
     donor: str = 'opposite', # one of DONORS
     classes: tuple | None = (1,), # labels of the clips that are touched; None: all
-    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the features' videos
+    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the features' groups
     seed: int = 0,
 ) -> np.ndarray: # row of each clip's donor, its own where it is not touched, int (K, N)
     "Draw a donor map, once."

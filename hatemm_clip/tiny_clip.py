@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .base import progress
-from .demo import (
+from .scenes import (
     describe, draw_part, draw_scene, EMOTIONS, PLACE_WORDS, random_scene, random_sentence, Scene,
     SIGN_WORDS, SIGNS, SUBJECTS, TOPICS)
 
