@@ -479,6 +479,11 @@ def _unpack_source(source, given, target, work, progress):
         raise
     return {f'{target.name}/{name}': f for name, f in files.items()}
 
+# %% ../nbs/02_fetch.ipynb #fdaf951d
+def _write_manifest(out_dir, manifest):
+    "By way of `.fetch`, which is emptied at the end: a killed run leaves nothing beside the files."
+    os.replace(write_json(out_dir/'.fetch'/MANIFEST, manifest), out_dir/MANIFEST)
+
 # %% ../nbs/02_fetch.ipynb #1d9e1a86
 def _place_file(
     remote: RemoteFile,
@@ -497,7 +502,7 @@ def _place_file(
     if remote.name.endswith('_annotation.csv'): _annotated_videos(source)
     manifest['files'].update(files)
     manifest['sources'][remote.name] = dict(sums, url=remote.url, checked='md5' if remote.md5 else 'none')
-    write_json(out_dir/MANIFEST, manifest)
+    _write_manifest(out_dir, manifest)
     if zipped or source != given: os.replace(work/target.name, target)
     if zipped and source != given: source.unlink()
     return sums['size']
