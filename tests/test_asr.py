@@ -12,14 +12,16 @@ import pandas as pd
 import pytest
 
 from hatemm_clip import asr as module
-from hatemm_clip.speech import Asr, asr_of, compression_ratio, cut_windows, find_ct2_model, load_asr, missed_speech, padded_seconds, speech_spans, split_segments, window_flags, word_error_interval, word_error_rate, word_errors
+from hatemm_clip import speech
+from hatemm_clip.engines import read_ahead
+from hatemm_clip.speech import Asr, asr_of, compression_ratio, cut_windows, find_ct2_model, find_openai_model, load_asr, missed_speech, padded_seconds, speech_spans, split_segments, window_flags
+from hatemm_clip.wer import _normalizer, word_error_interval, word_error_rate, word_errors
 from hatemm_clip.bench import bench_asr
-from hatemm_clip.demo import demo_clips
-from hatemm_clip.asr import make_groups, read_journal, read_transcripts, store_lock, transcribe_clips, write_srt, write_subtitles, write_vtt
+from hatemm_clip.asr import make_groups, read_journal, read_transcripts, transcribe_clips, write_srt, write_subtitles, write_vtt
 from hatemm_clip.media import SR, read_audio
-from hatemm_clip.base import InputError, read_table
+from hatemm_clip.base import InputError, read_table, store_lock
 from hatemm_clip.data import prepare_data
-from hatemm_clip.demo import make_corpus, random_sentence, read_truth, speak
+from hatemm_clip.demo import demo_clips, demo_words, make_corpus, random_sentence, read_truth, speak
 from killing import killing_actor
 
 GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
@@ -45,7 +47,7 @@ def videos(shared):
 
 def grid_words(answers):
     "Of the 24 words in the GRID clips, those understood; letters and digits count apart."
-    apart = lambda text: set(''.join(f' {c} ' if c.isdigit() else c for c in module._normalizer()(text)).split())
+    apart = lambda text: set(''.join(f' {c} ' if c.isdigit() else c for c in _normalizer()(text)).split())
     return sum(len(apart(said) & apart(answers[f'grid_{name}']['text'])) for name, said in GRID.items())
 
 
@@ -93,7 +95,7 @@ def test_demo_sentences_are_understood_and_timed(fast, corpus):
     videos = {v['video_file_name']: v for v in truth}
     known = [videos[Path(p).name] for p in clips.path]
     answers = fast.transcribe([read_audio(p) for p in clips.path])
-    assert word_error_rate([module.spoken_text(v) for v in known], [a['text'] for a in answers]) < .3
+    assert word_error_rate([demo_words(v) for v in known], [a['text'] for a in answers]) < .3
     late = [abs(a['segments'][0]['start'] - min(s['start'] for s in v['sentences'])) for a, v in zip(answers, known)]
     assert np.median(late) < .2
 
@@ -158,7 +160,7 @@ def test_a_repetition_is_decoded_again_at_full_length(corpus):
 
 
 def test_a_wrong_hash_is_refused(monkeypatch):
-    monkeypatch.setattr(module, 'TINY_EN_SHA256', 'f'*64)
+    monkeypatch.setattr(speech, 'TINY_EN_SHA256', 'f'*64)
     with pytest.raises(InputError, match='sha256 is 1a5afae06a4d'): find_ct2_model('tiny.en')
 
 
@@ -188,17 +190,17 @@ def test_a_torn_download_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     (tmp_path/'whisper').mkdir()
     (tmp_path/'whisper/tiny.en.pt').write_bytes(b'torn')
-    with pytest.raises(InputError, match='not on this machine'): module.find_openai_model('tiny.en', download=False)
+    with pytest.raises(InputError, match='not on this machine'): find_openai_model('tiny.en', download=False)
 
 
 WORKER = """
 import sys, time
 from hatemm_clip import asr as module
-from hatemm_clip.data import read_table
+from hatemm_clip.base import read_table
 append = module._append
 def slowly(*args): append(*args); time.sleep(1)
 module._append = slowly
-module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], device='cpu', batch_size=1, threads=1)
+module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], module.load_asr(device='cpu', batch_size=1, threads=1))
 """
 
 
@@ -213,9 +215,9 @@ def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
     process.wait()
     assert journal.exists() and not (tmp_path/'transcripts.parquet').exists()
     with open(journal, 'a') as f: f.write('{"rows": [{"clip')
-    resumed = transcribe_clips(clips.sample(frac=1, random_state=0), tmp_path, device='cpu', batch_size=1, threads=2)
+    resumed = transcribe_clips(clips.sample(frac=1, random_state=0), tmp_path, load_asr(device='cpu', batch_size=1, threads=2))
     undisturbed = folder/'undisturbed.parquet'
-    transcribe_clips(clips, undisturbed, device='cpu', batch_size=1, threads=1)
+    transcribe_clips(clips, undisturbed, load_asr(device='cpu', batch_size=1, threads=1))
     assert undisturbed.read_bytes() == (tmp_path/'transcripts.parquet').read_bytes()
     assert resumed.clip_id.tolist() == sorted(clips.clip_id) and not journal.exists()
 
@@ -224,7 +226,7 @@ RUN = """
 import sys, time
 import faster_whisper.vad, filelock, pyarrow.parquet, tqdm
 from hatemm_clip import asr as module
-from hatemm_clip.data import read_table
+from hatemm_clip.base import read_table
 from killing import kill_runs
 clips, append = read_table(sys.argv[1]), module._append
 
@@ -250,9 +252,9 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
                           stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
     assert int(done.stdout.split()[-1]) >= 6
-    options = dict(device='cpu', batch_size=1, threads=1)
-    transcribe_clips(many, tmp_path/'killed', **options)
-    transcribe_clips(many, tmp_path/'calm', **options)
+    asr = load_asr(device='cpu', batch_size=1, threads=1)
+    transcribe_clips(many, tmp_path/'killed', asr)
+    transcribe_clips(many, tmp_path/'calm', asr)
     read = lambda name: (tmp_path/name/'transcripts.parquet').read_bytes()
     assert read('killed') == read('calm') and not list((tmp_path/'killed').glob('*.journal'))
 
@@ -261,7 +263,7 @@ def test_two_writers_one_is_refused(fast, corpus, tmp_path):
     clips, _, folder = corpus
     with store_lock(tmp_path/'transcripts.parquet'):
         with pytest.raises(InputError, match='another run is writing to it'): transcribe_clips(clips[:2], tmp_path, asr=fast)
-        code = "import sys; from hatemm_clip.asr import transcribe_clips; from hatemm_clip.data import read_table; transcribe_clips(read_table(sys.argv[1])[:2], sys.argv[2])"
+        code = "import sys; from hatemm_clip.asr import transcribe_clips; from hatemm_clip.base import read_table; transcribe_clips(read_table(sys.argv[1])[:2], sys.argv[2])"
         done = subprocess.run([sys.executable, '-c', code, str(folder/'tables/clips.parquet'), str(tmp_path)], capture_output=True, text=True)
     assert 'InputError' in done.stderr and 'another run is writing to it' in done.stderr.splitlines()[-1]
     first = transcribe_clips(clips[:2], tmp_path, asr=fast)
@@ -273,7 +275,7 @@ def test_a_full_disk_is_told_and_the_journal_goes_on(fast, corpus, tmp_path):
     code = f"""
 import resource, signal
 from hatemm_clip.asr import load_asr, transcribe_clips
-from hatemm_clip.data import read_table
+from hatemm_clip.base import read_table
 asr = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
@@ -288,21 +290,21 @@ transcribe_clips(read_table({str(folder/'tables/clips.parquet')!r}), {str(tmp_pa
 
 
 @pytest.fixture
-def heard(monkeypatch):
+def clips_read(monkeypatch):
     "The clips that are read."
     names, read = [], module._read_clip
     monkeypatch.setattr(module, '_read_clip', lambda clip: (names.append(clip.clip_id), read(clip))[1])
     return names
 
 
-def test_what_failed_is_tried_again_and_nothing_else(fast, corpus, tmp_path, capsys, heard):
+def test_what_failed_is_tried_again_and_nothing_else(fast, corpus, tmp_path, capsys, clips_read):
     clips = corpus[0].assign(path=[str(tmp_path/f'{i}.mp4') if i == 3 else p for i, p in enumerate(corpus[0].path)])
-    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.1)) == 11 and len(heard) == 12
+    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.1)) == 11 and len(clips_read) == 12
     (tmp_path/'3.mp4').write_bytes(Path(corpus[0].path[3]).read_bytes())
-    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 12 and heard[12:] == [clips.clip_id[3]]
-    assert 'lacks 1 of 12 clips' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
+    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 12 and clips_read[12:] == [clips.clip_id[3]]
+    assert '1 of 12 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
     transcribe_clips(clips, tmp_path, asr=fast)
-    assert 'there already' in capsys.readouterr().out and len(heard) == 13
+    assert 'there already' in capsys.readouterr().out and len(clips_read) == 13
 
 
 def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_path, monkeypatch):
@@ -316,17 +318,17 @@ def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_pat
     assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 4
 
 
-def test_only_new_and_changed_clips_are_transcribed(fast, corpus, tmp_path, heard):
+def test_only_new_and_changed_clips_are_transcribed(fast, corpus, tmp_path, clips_read):
     clips = corpus[0].sort_values('clip_id', ignore_index=True)
     transcribe_clips(clips[:5], tmp_path, asr=fast)
     grown = transcribe_clips(clips[:8], tmp_path, asr=fast)
-    assert heard[5:] == clips.clip_id[5:8].tolist()
+    assert clips_read[5:] == clips.clip_id[5:8].tolist()
     cut = clips[:8].assign(end=[2. if i == 2 else end for i, end in enumerate(clips.end[:8])])
     transcribe_clips(cut, tmp_path, asr=fast)
-    assert heard[8:] == [clips.clip_id[2]]
+    assert clips_read[8:] == [clips.clip_id[2]]
     back = transcribe_clips(clips[:8], tmp_path, asr=fast)
-    assert back.equals(grown) and heard[9:] == [clips.clip_id[2]]
-    assert transcribe_clips(clips[:3], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:3].tolist() and len(heard) == 10
+    assert back.equals(grown) and clips_read[9:] == [clips.clip_id[2]]
+    assert transcribe_clips(clips[:3], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:3].tolist() and len(clips_read) == 10
     assert grown.equals(transcribe_clips(clips[:8], tmp_path/'fresh', asr=fast))
 
 
@@ -345,7 +347,7 @@ def test_the_threshold_of_speech_is_a_setting(corpus, tmp_path, capsys):
     noisy = read_audio(corpus[0].path[0]) + np.random.default_rng(0).normal(0, .2, read_audio(corpus[0].path[0]).size).astype(np.float32)
     length = lambda threshold: sum(b - a for a, b in speech_spans(noisy, threshold))
     assert length(.9) < length(.35)
-    windows = module._windows_of(0, noisy, .9)
+    windows = speech._windows_of(0, noisy, .9)
     assert {s for w in windows for s in w['spans']} == set(speech_spans(noisy, .9))
     with pytest.raises(InputError, match='expected a probability'): load_asr(vad_threshold=0)
 
@@ -353,10 +355,10 @@ def test_the_threshold_of_speech_is_a_setting(corpus, tmp_path, capsys):
 def test_text_that_is_left_out_keeps_its_flag():
     window = dict(text='la la la', avg_logprob=-.3, no_speech_prob=.1, missed=0., has_speech=False, seconds=20., segments=[], language='en')
     asr = Failing()
-    kept = module._join(asr, [window, dict(window, text='thank you', no_speech_prob=.9)])
+    kept = speech._join(asr, [window, dict(window, text='thank you', no_speech_prob=.9)])
     assert kept['text'] == 'la la la' and kept['flags'] == ['no_speech', 'vad_silent'] and kept['left_out'] == 'thank you'
-    assert module._join(asr, [window, dict(window, text='', no_speech_prob=.9)])['flags'] == ['vad_silent']
-    assert module._join(asr, [dict(window, text='thank you', no_speech_prob=.9)])['flags'] == ['no_speech']
+    assert speech._join(asr, [window, dict(window, text='', no_speech_prob=.9)])['flags'] == ['vad_silent']
+    assert speech._join(asr, [dict(window, text='thank you', no_speech_prob=.9)])['flags'] == ['no_speech']
 
 
 def test_a_model_can_be_loaded_again_by_what_is_recorded(corpus, tmp_path, monkeypatch):
@@ -367,7 +369,7 @@ def test_a_model_can_be_loaded_again_by_what_is_recorded(corpus, tmp_path, monke
     table = transcribe_clips(corpus[0][:1], tmp_path/'run', asr=asr)
     made = dict(backend=table.backend[0], model=table.model[0], **{k: v for k, v in table.attrs['params'].items() if k == 'source'})
     assert asr_of(made, 'cpu').settings()['weights_sha256'] == asr.settings()['weights_sha256']
-    assert module._model_name('tiny.en') == 'tiny.en' and module._model_name(str(Path(__file__))) == 'test_asr.py'
+    assert speech._model_name('tiny.en') == 'tiny.en' and speech._model_name(str(Path(__file__))) == 'test_asr.py'
     with pytest.raises(InputError, match='other weights'): asr_of(dict(asr.settings(), source='tiny.en', weights_sha256='0'), 'cpu')
 
 
@@ -380,7 +382,7 @@ def test_reading_ahead_is_bounded_by_seconds():
         return seconds
     items = np.random.default_rng(0).choice([5, 30, 400], 60).tolist()
     with ThreadPoolExecutor(4) as pool:
-        for i, seconds in enumerate(module.read_ahead(pool, read, items, items, 100)):
+        for i, seconds in enumerate(read_ahead(pool, read, items, items, 100)):
             assert seconds == items[i]
             with lock: held.remove(seconds)
     assert max(most) <= 500 and len(most) == 60
@@ -476,8 +478,8 @@ def test_subtitles_read_back(tmp_path):
 
 
 def test_ray_gives_the_same_rows_although_an_actor_is_killed(corpus, tmp_path, on_ray):
-    options = dict(model='tiny.en', device='cpu', batch_size=2, threads=2)
-    expected = transcribe_clips(corpus[0], tmp_path/'local', **options)
-    with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', **options, engine='ray')
+    asr = load_asr(device='cpu', batch_size=2, threads=2)
+    expected = transcribe_clips(corpus[0], tmp_path/'local', asr)
+    with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', asr, engine='ray')
     assert got.equals(expected) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
     assert len(killed) == 1
