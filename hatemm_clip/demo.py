@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'VEGETABLES', 'RUBBISH', 'SUBJECTS', 'SIGNS', 'TOPICS', 'EMOTIONS', 'PATTERNS', 'PLACES', 'CAPTIONS',
-           'SIGN_WORDS', 'PLACE_WORDS', 'SENTENCES', 'PLACE_NAMES', 'TIMES', 'CAUSES', 'SIZES', 'FRAME_RATES',
+           'SIGN_WORDS', 'PLACE_WORDS', 'SENTENCES', 'PLACE_NAMES', 'TIMES', 'VOICES', 'CAUSES', 'SIZES', 'FRAME_RATES',
            'HARMLESS_SIGNS', 'CORPUS_VERSION', 'Scene', 'part_of', 'draw_part', 'random_scene', 'draw_scene',
            'describe', 'random_sentence', 'speak', 'Look', 'Plan', 'plan_video', 'plan_corpus', 'make_audio',
            'make_frames', 'hateful_spans', 'make_corpus', 'read_truth', 'demo_clips']
@@ -25,7 +25,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from .base import InputError, progress, read_table
-from .media import _SPEAKER, SPEECH_SR, VOICES, write_video
+from .media import SPEECH_SR, write_video
 
 # %% ../nbs/01_demo.ipynb #7c9d2f65
 GROUPS = {'blue hats': 'hat', 'green scarves': 'scarf', 'purple capes': 'cape', 'orange boots': 'boots', 'pink ribbons': 'ribbon', 'yellow belts': 'belt'}
@@ -243,6 +243,28 @@ def random_sentence(
     pick = lambda choices: choices[rng.integers(len(choices))]
     patterns = SENTENCES[kind][topic] if kind == 'filler' else SENTENCES[kind]
     return pick(patterns).format(s=subject, p=pick(PLACE_NAMES), t=pick(TIMES))
+
+# %% ../nbs/01_demo.ipynb #6a68e945
+VOICES = ['en-us', 'en-us+m1', 'en-us+m2', 'en-us+m3', 'en-us+f3', 'en-gb-x-rp+m3']
+
+
+_SPEAKER = """
+import ctypes, sys
+library, data, voice, rate, text = sys.argv[1:]
+lib = ctypes.CDLL(library)
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+def collect(samples, n, events):
+    if samples and n > 0: sys.stdout.buffer.write(ctypes.string_at(samples, 2*n))
+    return 0
+lib.espeak_Initialize(2, 0, data.encode(), 0)        # 2: synchronous, into the callback
+lib.espeak_SetSynthCallback(collect)
+if lib.espeak_SetVoiceByName(voice.encode()): sys.exit(3)
+lib.espeak_SetParameter(1, int(rate), 0)             # 1: words per minute
+lib.espeak_SetParameter(7, 5, 0)                     # 7: pause between words, 10 ms each
+spoken = text.encode()
+lib.espeak_Synth(spoken, len(spoken) + 1, 0, 0, 0, 1, None, None)  # 1: UTF-8
+lib.espeak_Synchronize()
+"""
 
 # %% ../nbs/01_demo.ipynb #481dbee9
 @lru_cache(maxsize=1024)
