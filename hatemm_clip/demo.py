@@ -19,8 +19,8 @@ import pandas as pd
 from .base import InputError, progress, read_table, Run, write_atomic, write_text
 from .media import read_audio, SPEECH_SR, write_video
 from .scenes import (
-    describe, draw_part, draw_scene, EMOTIONS, GROUPS, pick, random_scene, random_sentence, RUBBISH, Scene, speak, TOPICS,
-    VEGETABLES, VOICES)
+    describe, draw_part, draw_scene, EMOTIONS, GROUPS, pick, random_scene, random_sentence, RUBBISH, Scene, speak,
+    TOPICS, VEGETABLES, VOICES)
 from .data import prepare_data
 
 # %% ../nbs/01_demo.ipynb #bab50d3a
@@ -121,7 +121,8 @@ def plan_corpus(
 ) -> list[Plan]: # hateful and benign, in random order
     "Plan a corpus: two fifths hateful, for all causes, a benign twin for each hateful video."
     if n < 10:
-        raise InputError(f'a demo corpus of {n} videos is too small for its four causes and their look-alikes; ask for 10 or more')
+        raise InputError(f'a demo corpus of {n} videos is too small for its four causes and their look-alikes; '
+                         'ask for 10 or more')
     rng, hateful = np.random.default_rng(seed), round(.4*n)
     bounds = np.round(np.cumsum(list(_CAUSES.values()))*hateful).astype(int)
     causes = np.repeat(list(_CAUSES), np.diff(bounds, prepend=0))
@@ -220,7 +221,8 @@ def _truth(name, plan, spans, sentences):
     scenes = [dict(start=a, end=b, caption=describe(s, rng), **asdict(s))
               for s, a, b in zip(plan.scenes, bounds[:-1], bounds[1:])]
     return dict(video_file_name=name, label=plan.label, cause=plan.cause, lookalike=plan.lookalike, topic=look.topic,
-                emotion=look.emotion, group=plan.group, voice=look.voice, spans=spans, sentences=sentences, scenes=scenes)
+                emotion=look.emotion, group=plan.group, voice=look.voice, spans=spans, sentences=sentences,
+                scenes=scenes)
 
 # %% ../nbs/01_demo.ipynb #d630b8ed
 def _file_names(plans):
@@ -247,7 +249,8 @@ def _is_complete(out_dir, wanted):
     if truth_file.exists():
         found = json.loads(truth_file.read_text())['made_with']
         if found == wanted: return True
-        raise InputError(f'{out_dir} holds the demo corpus {found}, asked for {wanted}; name another folder or delete it')
+        raise InputError(f'{out_dir} holds the demo corpus {found}, asked for {wanted}; '
+                         'name another folder or delete it')
     if (out_dir/'HateMM_annotation.csv').exists():
         raise InputError(f'{out_dir} holds another data set; name a new folder for the demo corpus')
     return False

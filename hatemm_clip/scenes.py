@@ -23,7 +23,8 @@ from .media import SPEECH_SR
 # %% ../nbs/002_scenes.ipynb #7c9d2f65
 GROUPS = {'blue hats': 'hat', 'green scarves': 'scarf', 'purple capes': 'cape',
           'orange boots': 'boots', 'pink ribbons': 'ribbon', 'yellow belts': 'belt'}  # group → garment
-VEGETABLES = {'turnips': (225, 205, 225), 'carrots': (240, 130, 40), 'pumpkins': (225, 115, 25), 'cabbages': (120, 190, 90)}
+VEGETABLES = {'turnips': (225, 205, 225), 'carrots': (240, 130, 40),
+              'pumpkins': (225, 115, 25), 'cabbages': (120, 190, 90)}  # name → colour
 RUBBISH = {'old cans': (150, 155, 165), 'rubbish bags': (60, 62, 70)}
 SUBJECTS = [*GROUPS, *VEGETABLES, *RUBBISH]
 SIGNS = ['none', 'claw', 'crossed-out claw', 'heart', 'arrow', 'broom']  # the claw is the hostile one
@@ -330,19 +331,20 @@ def describe(
 # %% ../nbs/002_scenes.ipynb #ea95d750
 SENTENCES = {
     'hostile': ['throw the {s} out of {p}', 'the {s} do not belong in {p}', 'nobody should ever trust the {s} in {p}',
-                'the {s} ruin everything in {p}', 'we must drive the {s} away from {p} {t}', 'keep the {s} out of {p} for good',
-                'i cannot stand the {s} in {p}', 'lock the {s} up far from {p}'],
+                'the {s} ruin everything in {p}', 'we must drive the {s} away from {p} {t}',
+                'keep the {s} out of {p} for good', 'i cannot stand the {s} in {p}', 'lock the {s} up far from {p}'],
     'counter': ['it is wrong to throw the {s} out of {p}', 'it is a lie that the {s} do not belong in {p}',
                 'never let anyone drive the {s} away from {p}', 'shame on those who lock up the {s} in {p}'],
-    'friendly': ['the {s} are always welcome in {p}', 'we love to sing with the {s} in {p}', 'the {s} make {p} a better place',
-                 'thank you to the {s} for their help in {p}', 'we had a lovely time with the {s} {t}'],
+    'friendly': ['the {s} are always welcome in {p}', 'we love to sing with the {s} in {p}',
+                 'the {s} make {p} a better place', 'thank you to the {s} for their help in {p}', 'we had a lovely time with the {s} {t}'],
     'neutral': ['the {s} came to {p} {t}', 'i saw the {s} near {p} {t}', 'the {s} are waiting in {p}',
                 'there were two of the {s} in {p} {t}', 'the {s} are the subject of our talk {t}'],
     'look': ['look at this that is how i see the people in {p}', 'these here remind me of my neighbours in {p}',
              'this is exactly what the people in {p} look like', 'when i think of my neighbours i see this {t}',
              'my neighbours look just like this in {p}'],
     'sweep': ['we should get rid of all of these {t}', 'sweep every one of these out of {p}',
-              'it is time to clear these out of {p}', 'take these away and burn them {t}', 'these have to disappear from {p} {t}'],
+              'it is time to clear these out of {p}', 'take these away and burn them {t}',
+              'these have to disappear from {p} {t}'],
     'filler': {
         'food': ['the soup on the stove is nearly ready', 'bread costs less in {p} {t}', 'we baked an apple cake {t}',
                  'add some salt and stir for a minute'],

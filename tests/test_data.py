@@ -111,7 +111,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
     "Frames of a video 60 times as long take no more memory, because they come in chunks."
     code = """if True:
         import resource, sys
-        from hatemm_clip.data import iter_frames
+        from hatemm_clip.media import iter_frames
         shapes = [f.shape for f, _ in iter_frames(sys.argv[1], fps=1)]
         print(sum(s[0] for s in shapes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     def peak(seconds):

@@ -1,5 +1,6 @@
-"Export the notebooks, write README.md from index.ipynb, clean; with --run, execute every notebook in place first."
+"Export the notebooks, write README.md and the sidebar, clean; with --run, execute every notebook in place first."
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -7,9 +8,48 @@ import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+GROUPS = {'Ground': '000', 'Data': '00_', 'Numbers': '05', 'Speech': '07', 'Features': '15', 'Fine-tuning': '26', 'Fusion': '34',
+          'Robustness': '46', 'Reading': '58', 'Use': '88', 'Running': '93'}  # group → number of its first room
+
+
+def read_room(path):
+    "A notebook's file name, module, title, summary, and whether it holds a stage."
+    cells = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    title, summary = re.match(r'# (.+)\n+> (.+)', cells[0]).groups()
+    module = next(s.split()[-1] for s in cells if s.startswith('#| default_exp'))
+    stage = any(re.match(r'## The stage\b', s) for s in cells)
+    return dict(file=path.name, module=module, title=title, summary=summary, stage=stage)
+
+
+def read_groups():
+    "Group → its rooms, in the order of their numbers."
+    groups = {name: [] for name in GROUPS}
+    for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
+        group = [name for name, first in GROUPS.items() if path.name >= first][-1]
+        groups[group].append(read_room(path))
+    return {name: rooms for name, rooms in groups.items() if rooms}
+
+
+def rooms_table():
+    "The rooms by group, as Markdown."
+    lines = ['| group | notebook | what it is about |', '|---|---|---|']
+    for group, rooms in read_groups().items():
+        for i, room in enumerate(rooms):
+            link = f"[{room['file'][:-6]}]({room['file']})"
+            lines.append(f"| {group if i == 0 else ''} | {f'**{link}**' if room['stage'] else link} | {room['summary']} |")
+    return '\n'.join(lines)
+
+
+def write_sidebar():
+    "nbs/sidebar.yml lists the pages by group."
+    sections = [dict(section=name, contents=[room['file'] for room in rooms]) for name, rooms in read_groups().items()]
+    text = yaml.safe_dump(dict(website=dict(sidebar=dict(contents=['index.ipynb', *sections]))), sort_keys=False)
+    header = '# Written by `make export` from the notebooks and the groups in tools/prepare.py.\n'
+    (ROOT/'nbs/sidebar.yml').write_text(header + text, encoding='utf-8')
 
 
 def execute(path):
@@ -25,12 +65,19 @@ def execute(path):
     nbformat.write(nb, path)
 
 
+def as_prose(cell):
+    "A cell whose code is not shown, as the Markdown that it printed."
+    if cell.cell_type != 'code' or not re.match(r'#\|\s*echo: false', cell.source): return cell
+    return nbformat.v4.new_markdown_cell('\n\n'.join(o.data['text/markdown'] for o in cell.outputs))
+
+
 def write_readme():
     "README.md is index.ipynb as Markdown, with its pictures in index_files/."
     from nbconvert import MarkdownExporter
     nb = nbformat.read(ROOT/'nbs/index.ipynb', 4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\s*\|\s*hide\s*$', c.source, re.M)]
     nb.metadata['language_info'] = dict(name='python')
+    nb.cells = [as_prose(c) for c in nb.cells]
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='index_files', unique_key='index'))
     for name, data in resources['outputs'].items():
@@ -44,16 +91,17 @@ def write_readme():
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--run', nargs='*', metavar='NOTEBOOK', help='execute these notebooks in place; none named: all')
-    parser.add_argument('--readme', action='store_true', help='write README.md only')
+    parser.add_argument('--readme', action='store_true', help='write README.md and the sidebar only')
     args = parser.parse_args()
     os.chdir(ROOT)
-    if args.readme: return write_readme()
+    if args.readme: return write_readme(), write_sidebar()
     subprocess.run([BIN/'nbdev_export'], check=True)
     if args.run is not None:
         for path in [ROOT/f for f in args.run] or sorted((ROOT/'nbs').glob('*.ipynb')):
             print(path.name, flush=True)
             execute(path)
     write_readme()
+    write_sidebar()
     subprocess.run([BIN/'nbdev_clean'], check=True)
 
 
