@@ -65,7 +65,7 @@ def draw_donors(
     modality: str, # that is swapped
     donor: str = 'opposite', # one of DONORS
     classes: tuple | None = (1,), # labels of the clips that are touched; None: all
-    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the features' videos
+    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the features' groups
     seed: int = 0,
 ) -> np.ndarray: # row of each clip's donor, its own where it is not touched, int (K, N)
     "Draw a donor map, once."

@@ -580,7 +580,7 @@ def _train_one_by_one(folder, labels, train, test, epochs, seed, lr=1e-5):
 def _train_at_once(folder, labels, train, test, epochs, seeds):
     "The same files and epochs, all seeds as one; P(label 1) of the test part, (seeds, n)."
     clips = [np.load(folder/f'{i}.npy') for i in range(len(labels))]
-    frames = Features(np.arange(len(labels)), labels, *_padded([c[:-1] for c in clips], [c[-1:] for c in clips]), groups=np.arange(len(labels)))
+    frames = Features(np.arange(len(labels)), labels, *_padded([c[:-1] for c in clips], [c[-1:] for c in clips]), video_ids=np.arange(len(labels)))
     data, config = Rows(pool_features(frames)), FusionClassifier(epochs=epochs, patience=epochs, batch_size=128)
     members = train_members(data, labels, [Member(train, np.arange(0), s, lr=2e-3) for s in range(seeds)], config)
     return softmax(predict_members(members, data, np.tile(test, (seeds, 1))))[..., 1]

@@ -39,7 +39,7 @@ def join_features(
         if a.arrays[m].shape[2] != b.arrays[m].shape[2]: raise InputError(f"{m}: D is {a.arrays[m].shape[2]} in one set and {b.arrays[m].shape[2]} in the other; encode both with one encoder")
         arrays[m], masks[m] = (np.concatenate([pad(x[m]), pad(y[m])]) for x, y in ((a.arrays, b.arrays), (a.masks, b.masks)))
     glue = lambda field: np.concatenate([getattr(a, field), getattr(b, field)])
-    return dataclasses.replace(a, ids=glue('ids'), labels=glue('labels'), groups=glue('groups'), arrays=arrays, masks=masks, split=None)
+    return dataclasses.replace(a, ids=glue('ids'), labels=glue('labels'), video_ids=glue('video_ids'), groups=glue('groups'), arrays=arrays, masks=masks, split=None)
 
 # %% ../nbs/38_classifier.ipynb #939143db
 def softmax(logits): return torch.softmax(torch.as_tensor(logits), -1).numpy()
@@ -158,7 +158,7 @@ class FusionClassifier(_Predictor):
     def calibrate(self, val): # Features of the validation part
         "Choose temperature and, for two classes, threshold."
         self.temperature_, self.threshold_ = 1., .5
-        self.temperature_, self.threshold_ = choose_calibration(val.labels, self.predict_proba(val), val.groups)
+        self.temperature_, self.threshold_ = choose_calibration(val.labels, self.predict_proba(val), val.video_ids)
         return self
 
 # %% ../nbs/38_classifier.ipynb #45f47f14

@@ -55,7 +55,7 @@ def nearest_clips(
 ) -> tuple[np.ndarray, np.ndarray]: # rows of the nearest others, int (N, k), −1 where there are fewer; their cosines, (N, k)
     "Find the clips most like each, in other videos: those of one video are alike whatever they show."
     from sklearn.neighbors import NearestNeighbors
-    vectors, videos = pool_features(features, modality), features.groups
+    vectors, videos = pool_features(features, modality), features.video_ids
     have = np.flatnonzero(np.isfinite(vectors).all(1))
     rows, cosines = np.full((len(features), k), -1), np.full((len(features), k), np.nan)
     siblings = np.unique(videos[have], return_counts=True)[1].max(initial=1) - 1
@@ -73,7 +73,7 @@ def _some_clips(features, modality, most):
     vectors = pool_features(features, modality)
     have = np.flatnonzero(np.isfinite(vectors).all(1))
     have = have[::max(1, -(-len(have)//most))]
-    return vectors[have], features.labels[have], features.groups[have]
+    return vectors[have], features.labels[have], features.video_ids[have]
 
 # %% ../nbs/22_explore.ipynb #6773057c
 def pair_cosines(

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from .base import first_line, InputError, read_table, table_hash
@@ -160,11 +161,15 @@ class Features:
     labels: np.ndarray # int, (N,)
     arrays: dict[str, np.ndarray] # modality → float32 (N, T, D), padded
     masks: dict[str, np.ndarray] # modality → bool (N, T), True = present; a row of False: absent
-    groups: np.ndarray # video ids, str, (N,)
+    video_ids: np.ndarray # the video that each clip comes from, str, (N,)
     split: np.ndarray | None = None # train, val, test or '', str, (K, N)
     label_names: list[str] = field(default_factory=lambda: ['0', '1'])
     times: dict[str, np.ndarray] = field(default_factory=dict) # modality → float32 (N, T), s
     provenance: dict = field(default_factory=dict) # how they were made
+    groups: np.ndarray | None = None # what must stay together, str, (N,); None: the clips of a video
+
+    def __post_init__(self):
+        if self.groups is None: self.groups = self.video_ids
 
     def __len__(self): return len(self.ids)
 
@@ -173,7 +178,7 @@ class Features:
         pick = lambda d: {k: v[rows] for k, v in d.items()}
         split = None if self.split is None else self.split[:, rows]
         return replace(self, ids=self.ids[rows], labels=self.labels[rows], arrays=pick(self.arrays), masks=pick(self.masks),
-                       groups=self.groups[rows], split=split, times=pick(self.times))
+                       video_ids=self.video_ids[rows], groups=self.groups[rows], split=split, times=pick(self.times))
 
     def only(self, modalities: list[str]) -> 'Features':
         "The same rows with some of the modalities."
@@ -227,15 +232,23 @@ def _read_store(path, all_folds):
     split = None if splits is None else _folds_of(clips, splits, made.get('checkpoint'), all_folds)
     made.update(dataset=clips.dataset.iloc[0] if len(clips) else '', splits='' if splits is None else table_hash(splits))
     ids, labels, videos = np.array(clips.index, str), clips.label.to_numpy(int), np.array(clips.video_id, str)
-    return Features(ids, labels, arrays, masks, videos, split, _label_names(clips), times, made)
+    groups = videos if splits is None else _group_of(videos, splits)
+    return Features(ids, labels, arrays, masks, videos, split, _label_names(clips), times, made, groups)
 
 # %% ../nbs/16_features.ipynb #bfcb38e7
 def _label_names(clips):
     names = clips.groupby('label').label_name.first().to_dict()
     return [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
 
+# %% ../nbs/16_features.ipynb #bc63e806
+def _group_of(video_ids, splits):
+    "What each video must stay together with, named by the first video of the group."
+    group = splits.drop_duplicates('video_id').set_index('video_id').group.reindex(video_ids).to_numpy(object)
+    videos = pd.Series(video_ids)
+    return videos.groupby(np.where(pd.isna(group), video_ids, group)).transform('min').to_numpy(str)
+
 # %% ../nbs/16_features.ipynb #102968f0
-RESERVED = ('ids', 'labels', 'split', 'groups', 'label_names', 'provenance')  # in a .npz; any other array is a modality
+RESERVED = ('ids', 'labels', 'split', 'video_ids', 'groups', 'label_names', 'provenance')  # in a .npz; any other array is a modality
 
 
 def _note(path, name, value, kind):
@@ -278,7 +291,8 @@ def _read_npz(path):
     split = file['split'].astype(str) if 'split' in file else None
     names = file.get('label_names', [str(i) for i in range(int(labels.max(initial=-1)) + 1)])
     made = file.get('provenance', dict(file=Path(path).name))
-    return Features(ids, labels, arrays, masks, file.get('groups', ids).astype(str), split, names, times, made)
+    groups = file.get('groups', file.get('video_ids', ids)).astype(str)
+    return Features(ids, labels, arrays, masks, file.get('video_ids', groups).astype(str), split, names, times, made, groups)
 
 # %% ../nbs/16_features.ipynb #74f0bb86
 def _features_path(path):
@@ -420,7 +434,7 @@ def _npz_info(path):
     features = read_features(path)
     modalities = {name: _modality_info(mask.sum(1), features.arrays[name][mask]) for name, mask in features.masks.items()}
     labels = {name: int((features.labels == i).sum()) for i, name in enumerate(features.label_names)}
-    return dict(clips=len(features), failed=0, labels=labels, videos=len(set(features.groups)),
+    return dict(clips=len(features), failed=0, labels=labels, videos=len(set(features.video_ids)),
                 folds=0 if features.split is None else len(features.split), modalities=modalities, provenance=features.provenance)
 
 # %% ../nbs/16_features.ipynb #513b4cdd
@@ -460,7 +474,7 @@ def export_features(
     for name, array in features.arrays.items():
         numbers.update({name: array, f'{name}_mask': features.masks[name]})
         if name in features.times: numbers[f'{name}_times'] = features.times[name]
-    words = dict(ids=features.ids, groups=features.groups) | ({} if features.split is None else dict(split=features.split))
+    words = dict(ids=features.ids, video_ids=features.video_ids, groups=features.groups) | ({} if features.split is None else dict(split=features.split))
     notes = dict(label_names=json.dumps(features.label_names), provenance=json.dumps(features.provenance))
     part = out.with_name(f'.{out.stem}.part{out.suffix}')
     try: _write_arrays(part, numbers, words, notes)

@@ -161,7 +161,7 @@ def on_fold(
     fold: int,
 ) -> Features: # with the parts of this fold alone
     "Features for one fold; whether their encoder has seen its test part is `audit_checkpoint`'s to say."
-    table = pd.DataFrame(dict(clip_id=features.ids, video_id=features.groups))
+    table = pd.DataFrame(dict(clip_id=features.ids, video_id=features.video_ids))
     parts = np.asarray(part_of_clips(table, splits, fold), str)
     return dataclasses.replace(features, split=parts[None], provenance=dict(features.provenance, fold=int(fold)))
 

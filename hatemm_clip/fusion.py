@@ -164,11 +164,11 @@ def _predictions(features, data, parts, pairs, members, config, run):
 # %% ../nbs/40_fusion.ipynb #4a8e0f8c
 def _calibrated(features, part, probs, run, fold, seed):
     "Rows of `predictions` from probabilities of the val and test parts, calibrated on val."
-    temperature, threshold = choose_calibration(features.labels[part['val']], probs['val'], features.groups[part['val']])
+    temperature, threshold = choose_calibration(features.labels[part['val']], probs['val'], features.video_ids[part['val']])
     tables = []
     for p in ('val', 'test'):
         rows, prob = part[p], apply_temperature(probs[p], temperature)
-        clips = dict(clip_id=features.ids[rows], video_id=features.groups[rows], part=p, label=features.labels[rows], prob=prob[:, 1] if prob.shape[1] == 2 else list(prob))
+        clips = dict(clip_id=features.ids[rows], video_id=features.video_ids[rows], part=p, label=features.labels[rows], prob=prob[:, 1] if prob.shape[1] == 2 else list(prob))
         tables.append(pd.DataFrame(dict(run=run, train_condition='normal', test_condition='normal', fold=fold, seed=seed, **clips, weight=1., threshold=threshold, temperature=temperature)))
     return pd.concat(tables)
 
@@ -215,7 +215,7 @@ def with_protocol(
 ) -> Features: # the same with other folds
     "Give features the folds of a protocol."
     if features.provenance.get('checkpoint'): raise InputError("these features come from an encoder that was fine-tuned on some of the videos; they keep its own folds (see 30_finetune)")
-    clips = pd.DataFrame(dict(clip_id=features.ids, video_id=features.groups, label=features.labels))
+    clips = pd.DataFrame(dict(clip_id=features.ids, video_id=features.video_ids, label=features.labels))
     known = [] if splits is None else sorted(splits.protocol.unique())
     folds = re.fullmatch(r'grouped_(\d+)fold', protocol)
     if protocol in known: table = splits[splits.protocol == protocol]

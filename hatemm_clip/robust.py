@@ -67,7 +67,7 @@ def stack_conditions(
         arrays[m], masks[m] = (np.concatenate([pad(getattr(c, f)[m]) for c in conditions]) for f in ('arrays', 'masks'))
     many = len(conditions)
     ids = np.array([f'{c}/{i}' for c in range(many) for i in first.ids])
-    return dataclasses.replace(first, ids=ids, labels=np.tile(first.labels, many), groups=np.tile(first.groups, many), arrays=arrays, masks=masks, split=None, times={})
+    return dataclasses.replace(first, ids=ids, labels=np.tile(first.labels, many), video_ids=np.tile(first.video_ids, many), groups=np.tile(first.groups, many), arrays=arrays, masks=masks, split=None, times={})
 
 # %% ../nbs/50_robust.ipynb #2bb00360
 def recipe_rows(
@@ -198,7 +198,7 @@ def _table(features, k, name, part, rows, tests, seeds, probs, temperature, thre
     spread = lambda a, inner: np.repeat(np.asarray(a).reshape(-1), inner)
     clip = lambda a: np.tile(a[rows], s * c)
     return pd.DataFrame(dict(train_condition=name, test_condition=np.tile(spread(np.array(tests, object), n), s), fold=k, seed=spread(seeds, c * n), clip_id=clip(features.ids.astype(object)),
-        video_id=clip(features.groups.astype(object)), part=part, label=clip(features.labels), prob=probs.reshape(-1), weight=1., threshold=spread(threshold, c * n),
+        video_id=clip(features.video_ids.astype(object)), part=part, label=clip(features.labels), prob=probs.reshape(-1), weight=1., threshold=spread(threshold, c * n),
         threshold_tuned=spread(tuned, n), temperature=spread(temperature, c * n)))
 
 # %% ../nbs/50_robust.ipynb #23f4a2e8
@@ -213,7 +213,7 @@ def run_matrix(
     seeds: int = 10, # networks per fold and training condition
     clean_ratio: float = .5, # share of the hateful training rows that are clean
     attacked: dict | None = None, # name → Features of the same clips, from `embed_attacks`
-    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the videos
+    groups: np.ndarray | None = None, # what must not be its own donor, shape (N,); None: the features' groups
     maps: dict | None = None, # donor maps; None: `draw_maps`
     seed: int = 0, # of donors, corruptions and networks
     progress: bool = False, # show a bar
@@ -239,7 +239,7 @@ def run_matrix(
         data, numbers = Rows(stack, device=config.device), range(seed, seed + seeds)
         for name, members in _train_fold(data, features.labels, stack.labels, parts, recipes, names, config, clean_ratio, numbers).items():
             probs = {p: _probabilities(members, data, parts[p], test, names, len(features)) for p in ('val', 'test')}
-            scaled, *chosen = _calibrated(probs, features.labels[parts['val']], features.groups[parts['val']], test.index('normal'))
+            scaled, *chosen = _calibrated(probs, features.labels[parts['val']], features.video_ids[parts['val']], test.index('normal'))
             tables += [_table(features, k, name, p, parts[p], test, numbers, scaled[p], *chosen) for p in ('val', 'test')]
     return pd.concat(tables, ignore_index=True).assign(run=run)[['run', *tables[0].columns]]
 
@@ -377,8 +377,8 @@ def read_groups(
     "What must stay together: the groups of the run's splits, or the features' own."
     splits = (Path(path).parent if Path(path).suffix == '.lance' else Path(path))/'splits.parquet'
     if not splits.is_file(): return features.groups
-    found = read_table(splits).drop_duplicates('video_id').set_index('video_id').group.reindex(features.groups).to_numpy(object)
-    return np.where(pd.isna(found), features.groups, found).astype(str)
+    found = read_table(splits).drop_duplicates('video_id').set_index('video_id').group.reindex(features.video_ids).to_numpy(object)
+    return np.where(pd.isna(found), features.video_ids, found).astype(str)
 
 # %% ../nbs/50_robust.ipynb #7da6a1a6
 def write_cells(

@@ -161,11 +161,11 @@ def study_titles(
 ) -> tuple: # `predictions`; history
     "The six runs on titles, with text features of each fold's own."
     groups, found = titles.group.to_numpy(str), []
-    whole = dataclasses.replace(embed_titles(titles, np.arange(len(titles)), 2), groups=groups)
+    whole = dataclasses.replace(embed_titles(titles, np.arange(len(titles)), 2), video_ids=groups, groups=groups)
     split = with_protocol(whole, protocol).split
     for k, parts in enumerate(split):
         features = embed_titles(titles, np.flatnonzero(parts == 'train'), dims)
-        tables = study_topics(dataclasses.replace(features, groups=groups, split=parts[None]), seeds, epochs, **params)
+        tables = study_topics(dataclasses.replace(features, video_ids=groups, groups=groups, split=parts[None]), seeds, epochs, **params)
         found.append([t.assign(fold=k) for t in tables])
     return tuple(pd.concat(tables, ignore_index=True) for tables in zip(*found))
 

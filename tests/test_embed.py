@@ -419,7 +419,7 @@ def test_a_store_round_trips_through_a_file(enc, tables, tmp_path):
     embed_clips(clips, said, tmp_path/'features.lance', enc)
     store, copy = read_features(tmp_path), read_features(export_features(tmp_path, tmp_path/'copy.npz'))
     assert copy.label_names == store.label_names == ['a', 'b'] and copy.provenance == store.provenance
-    assert copy.groups.tolist() == store.groups.tolist() and copy.labels.tolist() == store.labels.tolist()
+    assert copy.video_ids.tolist() == store.video_ids.tolist() and copy.groups.tolist() == store.groups.tolist() and copy.labels.tolist() == store.labels.tolist()
     for m in store.arrays:
         for kind in ('arrays', 'masks', 'times'): assert np.array_equal(getattr(copy, kind)[m], getattr(store, kind)[m])
 
@@ -471,7 +471,7 @@ def test_plots_of_one_video_are_empty_and_no_error(enc, videos, transcripts, tmp
     from hatemm_clip.explore import plot_similarity, plot_similarity_map
     one = Features(np.array(['a', 'b']), np.array([0, 1]), dict(face=np.ones((2, 1, 2), np.float32)), dict(face=np.ones((2, 1), bool)), np.array(['v', 'v']))
     assert 'no two videos' in plot_similarity(one, 'face').get_title()
-    none = Features(one.ids, one.labels, one.arrays, dict(face=np.zeros((2, 1), bool)), one.groups)
+    none = Features(one.ids, one.labels, one.arrays, dict(face=np.zeros((2, 1), bool)), one.video_ids)
     assert 'in no clip' in plot_similarity_map(none, 'face').get_title()
 
 

@@ -147,8 +147,8 @@ def test_runs_in_processes_are_the_same(data):
 
 
 def test_protocols(data):
-    videos = dataclasses.replace(data, groups=np.array([f'v{i // 3}' for i in range(60)]), labels=(np.arange(60) // 3 % 2))
-    torn = lambda features: max(len(set(part[features.groups == g])) for part in features.split for g in features.groups)
+    videos = dataclasses.replace(data, video_ids=np.array([f'v{i // 3}' for i in range(60)]), labels=(np.arange(60) // 3 % 2))
+    torn = lambda features: max(len(set(part[features.video_ids == g])) for part in features.split for g in features.video_ids)
     assert torn(with_protocol(videos, 'grouped_5fold')) == 1 < torn(with_protocol(videos, 'leaky_snippet'))
     assert with_protocol(videos, 'grouped_4fold').split.shape == (4, 60)
     import pandas as pd
@@ -161,7 +161,7 @@ def test_a_leak_flatters(data):
     looks = np.random.default_rng(0).normal(size=(40, 8))
     videos = make_features(160, 'xor', frames=2, dim=8).only(['image'])
     owner = np.arange(160) // 4
-    videos = dataclasses.replace(videos, groups=owner.astype(str), labels=owner % 2, arrays=dict(image=(videos.arrays['image'] * 0 + looks[owner][:, None]).astype(np.float32)))
+    videos = dataclasses.replace(videos, video_ids=owner.astype(str), labels=owner % 2, arrays=dict(image=(videos.arrays['image'] * 0 + looks[owner][:, None]).astype(np.float32)))
     table = compare_protocols(videos, seeds=1, grid={}, epochs=15, lr=1e-2)
     assert table.delta['auroc'] > .2 and table.low['auroc'] > 0
 
@@ -170,7 +170,7 @@ def test_clips_are_cut_by_time():
     features = make_features(10, 'xor', frames=8, dim=2)
     features = dataclasses.replace(features, masks={m: np.ones_like(a) for m, a in features.masks.items()}, times={m: np.tile(np.arange(a.shape[1], dtype=np.float32), (10, 1)) for m, a in features.masks.items()})
     cut = cut_clips(features, length=4., stride=2.)
-    first = cut.groups == features.ids[0]
+    first = cut.video_ids == features.ids[0]
     assert [np.flatnonzero(m).tolist() for m in cut.masks['image'][first]] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
 
 

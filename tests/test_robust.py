@@ -22,7 +22,7 @@ def data():
     order = np.argsort(features.split[0] + features.split[1], kind='stable')
     groups = np.empty(160, dtype='<U8')
     for n, i in enumerate(order): groups[i] = f'g{n // 2}'
-    return dataclasses.replace(features, groups=groups)
+    return dataclasses.replace(features, video_ids=groups, groups=groups)
 
 
 def all_tokens(features, rows):

@@ -79,5 +79,5 @@ def test_equal_titles_stay_together():
     titles = read_titles(TITLES)
     assert titles.video_id.is_unique and titles.group.nunique() < len(titles)
     features = make_features(len(titles), 'text', frames=1, dim=2)
-    features.groups = titles.group.to_numpy(str)
-    for part in with_protocol(features, 'grouped_5fold').split: assert (pd.Series(part).groupby(features.groups).nunique() == 1).all()
+    features.video_ids = titles.group.to_numpy(str)
+    for part in with_protocol(features, 'grouped_5fold').split: assert (pd.Series(part).groupby(features.video_ids).nunique() == 1).all()
