@@ -42,7 +42,8 @@ _COVERED = (0., .05, .1, .2, .35, .5)  # by severity: share of the frame's area
 def _occlude(frames, severity, rng):
     "Cover one rectangle of a clip with grey."
     height, width = (round(side * _COVERED[severity] ** .5) for side in frames.shape[1:3])
-    top, left = (int(rng.integers(0, free + 1)) for free in (frames.shape[1] - height, frames.shape[2] - width))
+    free = (frames.shape[1] - height, frames.shape[2] - width)
+    top, left = (int(rng.integers(0, most + 1)) for most in free)
     covered = frames.copy()
     covered[:, top:top + height, left:left + width] = 128
     return covered
@@ -301,8 +302,9 @@ def _attacked_texts(media, names):
     "Features of attacked transcripts: name → clip id → float32 (S, D)."
     def spoil(name, clip_id, segments):
         kind, severity = parse_attack(name)
-        attack = lambda i, text: corrupt_text(kind, text, severity, media.seed_of(kind, clip_id, i), media.keywords)
-        return [dict(s, text=attack(i, s['text'])) for i, s in enumerate(segments)]
+        seeds = [media.seed_of(kind, clip_id, i) for i in range(len(segments))]
+        return [dict(s, text=corrupt_text(kind, s['text'], severity, seed, media.keywords))
+                for s, seed in zip(segments, seeds)]
     found, table = {}, media.transcripts
     for name in names:
         spoilt = [spoil(name, t.clip_id, t.segments) for t in table.itertuples()]
@@ -343,7 +345,8 @@ def _put_tokens(features, modality, tokens):
 def _same_encoder(features, run_dir, encoder):
     "The encoder that the features were made with, at their precision; another one is refused."
     made = features.provenance
-    encoder = with_precision(encoder or load_encoder(made['encoder'], made['pretrained']), made.get('precision', 'float32'))
+    encoder = encoder or load_encoder(made['encoder'], made['pretrained'])
+    encoder = with_precision(encoder, made.get('precision', 'float32'))
     if encoder.provenance()['weights_sha256'] == made.get('weights_sha256'): return encoder
     other = f"other weights of {made.get('encoder')} than {encoder.name}/{encoder.pretrained}"
     raise InputError(f'{run_dir}: the features were made with {other}')
@@ -357,8 +360,8 @@ def _read_media(features, run_dir, names, classes, **options):
         text = transcripts.set_index('clip_id').text.reindex(features.ids).fillna('')
         options['keywords'] = tuple(find_keywords(text.tolist(), features.labels))
     touched = features.ids if classes is None else features.ids[np.isin(features.labels, classes)]
-    chosen = lambda table: table[table.clip_id.isin(touched)]
-    return _Media(chosen(read_table(run.clips)), chosen(transcripts), sampling=features.provenance, **options)
+    clips, transcripts = (t[t.clip_id.isin(touched)] for t in (read_table(run.clips), transcripts))
+    return _Media(clips, transcripts, sampling=features.provenance, **options)
 
 # %% ../nbs/48_attacks.ipynb #5ae38234
 def embed_attacks(
@@ -376,7 +379,8 @@ def embed_attacks(
     on_image, on_text, on_sound = map(of_kind, (IMAGE_ATTACKS, TEXT_ATTACKS, ('sound',)))
     for modality, attacks in (('image', on_image), ('text', on_text + on_sound)):
         if attacks and modality not in features.arrays:
-            raise InputError(f"attack {attacks[0]!r} needs {modality} features; these have {', '.join(features.arrays)}")
+            there = ', '.join(features.arrays)
+            raise InputError(f'attack {attacks[0]!r} needs {modality} features; these have {there}')
     encoder = _same_encoder(features, run_dir, encoder)
     media = _read_media(features, run_dir, names, classes, encoder=encoder, seed=seed, asr=asr)
     texts = _attacked_texts(media, on_text) | _attacked_sound(media, on_sound)

@@ -22,7 +22,8 @@ from .features import Features
 
 # %% ../nbs/47_corruption.ipynb #329274e7
 KINDS = ('swap', 'mask', 'drop', 'noise')
-DONORS = ('opposite', 'any', 'same', 'benign')  # label of a donor: another than the clip's, any, the clip's, 0
+# label of a donor: another than the clip's, any, the clip's, 0
+DONORS = ('opposite', 'any', 'same', 'benign')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ def parse_condition(
     pattern = rf"({kinds})_({'|'.join(map(re.escape, longest))})(?:_(any|same|both))?(?:@([0-5]))?"
     found = re.fullmatch(pattern, name)
     if not found:
-        choices = f"KIND_MODALITY with one of {', '.join(KINDS)} and of {', '.join(modalities)}"
-        raise InputError(f'condition {name!r} is unknown; expected normal or {choices}, such as swap_{list(modalities)[0]}')
+        choices = f"normal or KIND_MODALITY with one of {', '.join(KINDS)} and of {', '.join(modalities)}"
+        raise InputError(f'condition {name!r} is unknown; expected {choices}, such as swap_{next(iter(modalities))}')
     kind, modality, suffix, severity = found.groups()
     donor, classes = _TOUCHED[suffix]
     return Corruption(kind, modality, int(severity or 5), classes, donor)
@@ -118,8 +119,9 @@ def donor_table(
     tables = []
     for (modality, donor, both), map_ in maps.items():
         fold, row = np.nonzero(map_ != np.arange(len(features)))
-        who = dict(part=features.split[fold, row], clip_id=features.ids[row], donor_id=features.ids[map_[fold, row]])
-        tables.append(pd.DataFrame(dict(modality=modality, donor=donor, both=both, fold=fold, **who)))
+        table = pd.DataFrame(dict(modality=modality, donor=donor, both=both, fold=fold))
+        donor_id = features.ids[map_[fold, row]]
+        tables.append(table.assign(part=features.split[fold, row], clip_id=features.ids[row], donor_id=donor_id))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/47_corruption.ipynb #6de201ea
@@ -131,7 +133,8 @@ def _uniform(ids, what, seed):
 # %% ../nbs/47_corruption.ipynb #a1ea1634
 def _replaced(features, modality, **changed):
     "Features with the array, mask or times of one modality changed; None: as they were."
-    fields = {name: getattr(features, name) | {modality: new} for name, new in changed.items() if new is not None}
+    fields = {name: getattr(features, name) | {modality: new}
+              for name, new in changed.items() if new is not None}
     return dataclasses.replace(features, **fields)
 
 # %% ../nbs/47_corruption.ipynb #0ec344e5

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Recipe', 'training_recipe', 'stack_conditions', 'recipe_rows', 'default_train', 'default_test', 'MatrixSettings',
            'draw_maps', 'MatrixPlan', 'plan_matrix', 'run_matrix', 'control_of', 'matrix_cells', 'worst_case',
-           'choose_training', 'split_gain', 'plot_gains', 'plot_severity', 'run_robust', 'format_cells']
+           'choose_training', 'with_interval', 'split_gain', 'plot_gains', 'plot_severity', 'run_robust',
+           'format_cells']
 
 # %% ../nbs/50_robust.ipynb #c0361b32
 import dataclasses
@@ -84,7 +85,8 @@ def recipe_rows(
 # %% ../nbs/50_robust.ipynb #b679ba8f
 def default_train(modalities) -> list:
     "Training conditions of a matrix."
-    return ['normal', 'control', *(f'swap_{m}' for m in modalities), 'swap_mixed', 'swap_mixed_both', 'dropout']
+    swaps = [f'swap_{m}' for m in modalities]
+    return ['normal', 'control', *swaps, 'swap_mixed', 'swap_mixed_both', 'dropout']
 
 # %% ../nbs/50_robust.ipynb #d8c43251
 def default_test(modalities, attacks=()) -> list:
@@ -108,7 +110,9 @@ class MatrixSettings:
     seed: int = 0 # of donors, corruptions and networks
     params: dict = dataclasses.field(default_factory=dict) # of FusionClassifier, such as epochs
 
-    def classifier(self): return FusionClassifier(self.head, **(_NETWORK | dict(seed=self.seed) | self.params))
+    def classifier(self):
+        params = _NETWORK | dict(seed=self.seed) | self.params
+        return FusionClassifier(self.head, **params)
 
 # %% ../nbs/50_robust.ipynb #67d8b2cd
 def draw_maps(
@@ -119,8 +123,8 @@ def draw_maps(
     "Draw the donor maps that conditions need."
     corruptions = [parse_condition(name, list(features.arrays)) for name in conditions]
     swaps = [c for c in corruptions if c and c.kind == 'swap']
-    return {(c.modality, c.donor, c.classes is None): draw_donors(features, c.modality, c.donor, c.classes, seed)
-            for c in swaps}
+    draw = lambda c: draw_donors(features, c.modality, c.donor, c.classes, seed)
+    return {(c.modality, c.donor, c.classes is None): draw(c) for c in swaps}
 
 # %% ../nbs/50_robust.ipynb #1f467c7d
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,8 @@ def _check_matrix(features, settings):
     if features.split is None:
         raise InputError('the features have no split; deal one by group, such as data.make_splits does')
     if len(names) != 2:
-        raise InputError(f"labels are {', '.join(names)}; a matrix takes two classes, see data.to_two_classes")
+        names = ', '.join(names)
+        raise InputError(f'labels are {names}; a matrix takes two classes, see data.to_two_classes')
     if not 0 < ratio < 1: raise InputError(f'clean_ratio is {ratio}; expected more than 0 and less than 1')
 
 # %% ../nbs/50_robust.ipynb #86a28682
@@ -184,6 +189,16 @@ def _stack_of_fold(plan, k):
         return corrupt(plan.features, c, donors, plan.settings.seed)
     return stack_conditions([under(name) for name in plan.conditions])
 
+# %% ../nbs/50_robust.ipynb #4c3e4438
+def _members(plan, k, recipe):
+    "What the networks of one fold and recipe are trained on, a Member a seed."
+    config, parts = plan.settings.classifier(), plan.features.split[k]
+    def pick(part, seed):
+        rows, labels = np.flatnonzero(parts == part), plan.features.labels
+        return recipe_rows(recipe, rows, labels, plan.conditions, plan.settings.clean_ratio, seed)
+    return [Member(pick('train', s), pick('val', s), s, 0, config.lr, config.weight_decay)
+            for s in plan.seeds.tolist()]
+
 # %% ../nbs/50_robust.ipynb #51ba5c71
 _WARM = dict(epochs=10, mixup=0.)  # of a warm start
 _WARM_LR = .3  # of the learning rate from scratch
@@ -200,18 +215,17 @@ def _train_warm(plan, members, start, data, labels):
 # %% ../nbs/50_robust.ipynb #10aa74e3
 def _train_fold(plan, k, data, labels):
     "Networks of one fold by training condition: dict name → Members."
-    config, settings = plan.settings.classifier(), plan.settings
-    part = {p: np.flatnonzero(plan.features.split[k] == p) for p in ('train', 'val')}
-    def members(recipe):
-        pick = lambda p, s: recipe_rows(recipe, part[p], plan.features.labels, plan.conditions, settings.clean_ratio, s)
-        return [Member(pick('train', s), pick('val', s), s, 0, config.lr, config.weight_decay) for s in plan.seeds.tolist()]
-    wanted = {name: members(recipe) for name, recipe in plan.recipes.items()}
+    wanted = {name: _members(plan, k, recipe) for name, recipe in plan.recipes.items()}
     warm = [name for name, recipe in plan.recipes.items() if recipe.warm]
     cold = [name for name in wanted if name not in warm]
-    together = train_members(data, labels, [m for name in cold for m in wanted[name]], config)
-    nth = lambda i: take_members(together, np.arange(i * settings.seeds, (i + 1) * settings.seeds))
-    trained = {name: nth(i) for i, name in enumerate(cold)}
-    return trained | {name: _train_warm(plan, wanted[name], trained['normal'], data, labels) for name in warm}
+    members = [m for name in cold for m in wanted[name]]
+    together = train_members(data, labels, members, plan.settings.classifier())
+    trained = {}
+    for name, at in zip(cold, np.arange(len(members)).reshape(len(cold), -1)):
+        trained[name] = take_members(together, at)
+    for name in warm:
+        trained[name] = _train_warm(plan, wanted[name], trained['normal'], data, labels)
+    return trained
 
 # %% ../nbs/50_robust.ipynb #2324d6b8
 def _probabilities(plan, members, data, rows):
@@ -259,7 +273,8 @@ def _run_fold(plan, k):
     features, config = plan.features, plan.settings.classifier()
     check_training(features, np.flatnonzero(features.split[k] == 'train'))
     stack = config._prepare(_stack_of_fold(plan, k))
-    data, clips = Rows(stack, device=config.device), {p: np.flatnonzero(features.split[k] == p) for p in ('val', 'test')}
+    data = Rows(stack, device=config.device)
+    clips = {p: np.flatnonzero(features.split[k] == p) for p in ('val', 'test')}
     labels, videos = features.labels[clips['val']], features.video_ids[clips['val']]
     for name, members in _train_fold(plan, k, data, stack.labels).items():
         probs = {part: _probabilities(plan, members, data, rows) for part, rows in clips.items()}
@@ -288,7 +303,7 @@ def _three(name, values):
     "A value and its interval under their names."
     return dict(zip((name, f'{name}_low', f'{name}_high'), values))
 
-
+# %% ../nbs/50_robust.ipynb #6d14becd
 def _versus(a, b):
     "Difference, its interval and p; None where there is nothing to compare with."
     return (None,) * 4 if b is None else difference(a, b)
@@ -314,7 +329,8 @@ def matrix_cells(
 ) -> list: # a dict per cell, ready for JSON
     "Metrics of every cell, and differences from the normal model and from the control."
     r, cells = Resampled(predictions, part, n, seed), []
-    values = dict(auroc=r.auroc(), macro_f1_clean_threshold=r.macro_f1(), macro_f1_tuned=r.macro_f1(tuned=True))
+    clean, tuned = r.macro_f1(), r.macro_f1(tuned=True)
+    values = dict(auroc=r.auroc(), macro_f1_clean_threshold=clean, macro_f1_tuned=tuned)
     for train, test in r.cells:
         cell = dict(train=train, test=test)
         for name, found in values.items(): cell |= _three(name, interval(found[train, test]).tolist())
@@ -356,27 +372,31 @@ def choose_training(
 ) -> str: # a training condition
     "Choose the training condition on validation clips."
     table = worst_case(predictions, attacks, 'val', n=1)
-    affordable = table[table.clean_vs_control >= -max_loss].drop(index=['control', 'control_warm'], errors='ignore')
+    affordable = table[table.clean_vs_control >= -max_loss]
+    affordable = affordable.drop(index=['control', 'control_warm'], errors='ignore')
     return affordable.worst.idxmax() if len(affordable) else 'normal'
 
-# %% ../nbs/50_robust.ipynb #e933210b
-def _with_interval(row, what):
-    "A difference and its interval as text, '' where there is none."
+# %% ../nbs/50_robust.ipynb #93d94e95
+def with_interval(
+    row, # of `worst_case` or of the cells
+    what: str, # a difference
+) -> str: # such as +0.010 [-0.002, +0.020]; '' where there is none
+    "A difference and its interval as text."
     if pd.isna(row[what]): return ''
     return f"{row[what]:+.3f} [{row[f'{what}_low']:+.3f}, {row[f'{what}_high']:+.3f}]"
 
-
+# %% ../nbs/50_robust.ipynb #e2db3642
 def split_gain(
     cells: list, # from `matrix_cells`
     train: str, # a training condition
     versus: str = 'control', # control or normal
-) -> pd.DataFrame: # a row per test condition: gains at the clean threshold, at tuned ones, and in AUROC, with intervals
+) -> pd.DataFrame: # a row per test condition: gains in macro-F1 and AUROC, with intervals
     "What a training condition gains: by its threshold, by its ranking."
     table = pd.DataFrame(cells).set_index('train').loc[[train]].set_index('test')
     columns = {'macro-F1, clean threshold': 'macro_f1_clean_threshold',
                'macro-F1, tuned threshold': 'macro_f1_tuned', 'AUROC': 'auroc'}
-    gains = {name: f'delta_{metric}_vs_{versus}' for name, metric in columns.items()}
-    return pd.DataFrame({name: table.apply(_with_interval, axis=1, what=what) for name, what in gains.items()})
+    gain = lambda metric: table.apply(with_interval, axis=1, what=f'delta_{metric}_vs_{versus}')
+    return pd.DataFrame({name: gain(metric) for name, metric in columns.items()})
 
 # %% ../nbs/50_robust.ipynb #9b7b4a0d
 def _no_frame(ax, title):
@@ -408,9 +428,8 @@ def plot_gains(
         ax.hlines(at, low, high, color=colour, lw=1.3)
         ax.plot(middle, at, marker, ms=4, color=colour, label=train)
     ax.axvline(0, color='.3', lw=1)
-    ax.set(ylim=(-.6, len(tests) - .4), yticks=range(len(tests)), yticklabels=tests, ylabel='Test condition',
-           xlabel=f'AUROC minus that of the {versus} model [95 % by video]')
-    ax.invert_yaxis()
+    ax.set(ylim=(len(tests) - .4, -.6), yticks=range(len(tests)), yticklabels=tests)
+    ax.set(xlabel=f'AUROC minus that of the {versus} model [95 % by video]', ylabel='Test condition')
     return _no_frame(ax, 'Trained on')
 
 # %% ../nbs/50_robust.ipynb #9ab541ca
@@ -434,13 +453,14 @@ def plot_severity(
     sns.lineplot(pd.concat(lines, ignore_index=True), x='severity', y=value, **look, ax=ax)
     low, high = (clean[f'{value}_{end}'].iloc[0] for end in ('low', 'high'))
     ax.fill_between([0, 5], low, high, color='.92', lw=0, zorder=0)
-    ax.set(xlabel='Severity (0: clean, 5: most)', ylabel=f'{value} (band: clean, 95 % by video)', xticks=range(6))
+    ax.set(xlabel='Severity (0: clean, 5: most)', xticks=range(6))
+    ax.set(ylabel=f'{value} (band: clean, 95 % by video)')
     return _no_frame(ax, 'attack')
 
 # %% ../nbs/50_robust.ipynb #1fb0ccf8
 def run_robust(
     path: str | Path, # a run, a .lance store or a .npz
-    out: str | Path | None = None, # .parquet for the predictions; cells and donors go beside it; None: nothing is written
+    out: str | Path | None = None, # .parquet for predictions; cells and donors go beside it; None: none
     settings: MatrixSettings = MatrixSettings(),
     attacked: dict | None = None, # name → Features, from `embed_attacks`
 ) -> tuple: # predictions, cells
@@ -461,16 +481,22 @@ def _write_matrix(plan, predictions, cells, out):
     write_table(predictions, out, PREDICTIONS, splits, **made)
     write_json(out.with_suffix('.json'), dict(cells=cells))
 
+# %% ../nbs/50_robust.ipynb #1e858749
+def _words_of(c):
+    "The columns of one cell in a terminal."
+    signed = lambda x: '     –' if x is None else f'{x:+.3f}'
+    auroc = f"{c['auroc']:.3f} [{c['auroc_low']:.3f}, {c['auroc_high']:.3f}]"
+    normal, control = signed(c['delta_auroc_vs_normal']), signed(c['delta_auroc_vs_control'])
+    if c['p'] is not None: control += f" ({c['p']:.3f})"
+    f1 = f"{c['macro_f1_clean_threshold']:.3f} / {c['macro_f1_tuned']:.3f}"
+    return c['train'], c['test'], auroc, normal, control, f1
+
 # %% ../nbs/50_robust.ipynb #9b1e4c25
 def format_cells(
     cells: list, # from `matrix_cells`
 ) -> str: # a line per cell
     "Cells as lines for a terminal."
-    number = lambda x: '     –' if x is None else f'{x:+.3f}'
-    p_value = lambda x: '' if x is None else f' ({x:.3f})'
-    def line(c):
-        auroc = f"{c['auroc']:.3f} [{c['auroc_low']:.3f}, {c['auroc_high']:.3f}]"
-        versus = f"{number(c['delta_auroc_vs_normal']):<11}{number(c['delta_auroc_vs_control'])}{p_value(c['p']):<12}"
-        return f"{c['train']:<18}{c['test']:<20}{auroc}      {versus}{c['macro_f1_clean_threshold']:.3f} / {c['macro_f1_tuned']:.3f}"
-    title = f"{'trained on':<18}{'tested on':<20}{'AUROC [95 % by video]':<26}{'vs normal':<11}{'vs control (p)':<18}"
-    return '\n'.join([title + 'macro-F1 clean / tuned threshold', *map(line, cells)])
+    title = ('trained on', 'tested on', 'AUROC [95 % by video]', 'vs normal', 'vs control (p)',
+             'macro-F1 clean / tuned threshold')
+    line = lambda words: ''.join(f'{w:<{width}}' for w, width in zip(words, (18, 20, 26, 11, 18, 0)))
+    return '\n'.join(map(line, [title, *map(_words_of, cells)]))
