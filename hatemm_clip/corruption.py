@@ -51,7 +51,8 @@ def parse_condition(
     found = re.fullmatch(pattern, name)
     if not found:
         choices = f"normal or KIND_MODALITY with one of {', '.join(KINDS)} and of {', '.join(modalities)}"
-        raise InputError(f'condition {name!r} is unknown; expected {choices}, such as swap_{next(iter(modalities))}')
+        example = f'swap_{next(iter(modalities))}'
+        raise InputError(f'condition {name!r} is unknown; expected {choices}, such as {example}')
     kind, modality, suffix, severity = found.groups()
     donor, classes = _TOUCHED[suffix]
     return Corruption(kind, modality, int(severity or 5), classes, donor)
