@@ -19,7 +19,7 @@ import pandas as pd
 
 from .base import InputError, read_table, Run
 from .media import iter_frames, read_audio
-from .demo import PLACE_NAMES, TIMES
+from .scenes import PLACE_NAMES, TIMES
 from .features import Features
 from .encoders import CHUNK, encode_frames, Encoder, load_encoder
 from .encoders import preprocess_frames, with_precision

@@ -22,6 +22,18 @@ from .classifier import explain, load_bundle
 # %% ../nbs/88_score.ipynb #fb49aaa6
 SCORABLE = ('image', 'text', 'audio')  # modalities that can be made from a file
 
+# %% ../nbs/88_score.ipynb #3ca3bcef
+def _one_clip(found):
+    "Features of a single clip, rounded as in a store; a modality of no vectors is absent."
+    arrays, masks, times = {}, {}, {}
+    for m, (vectors, starts) in found.items():
+        there = len(vectors) > 0
+        vectors = vectors if there else np.zeros((1, vectors.shape[1]))
+        arrays[m] = np.asarray(vectors, np.float16).astype(np.float32)[None]
+        masks[m] = np.full(arrays[m].shape[:2], there)
+        times[m] = np.asarray(starts if there else [0.], np.float32)[None]
+    return Features(np.array(['clip']), np.array([0]), arrays, masks, np.array(['clip']), times=times)
+
 # %% ../nbs/88_score.ipynb #fc918a18
 class Scorer:
     "A bundle with its encoder and speech recogniser, ready to score files."
@@ -88,17 +100,6 @@ class Scorer:
                     frames=[dict(time=round(float(t), 3), contribution=c) for t, c in zip(features.times['image'][0], effect('image'))],
                     modalities={m: round(float(v), 4) for m, v in told['modalities'].items()})
 
-# %% ../nbs/88_score.ipynb #3ca3bcef
-def _one_clip(found):
-    "Features of a single clip, rounded as in a store; a modality of no vectors is absent."
-    arrays, masks, times = {}, {}, {}
-    for m, (vectors, starts) in found.items():
-        there = len(vectors) > 0
-        arrays[m] = np.asarray(vectors if there else np.zeros((1, vectors.shape[1])), np.float16).astype(np.float32)[None]
-        masks[m] = np.full(arrays[m].shape[:2], there)
-        times[m] = np.asarray(starts if there else [0.], np.float32)[None]
-    return Features(np.array(['clip']), np.array([0]), arrays, masks, np.array(['clip']), times=times)
-
 # %% ../nbs/88_score.ipynb #c0477e10
 def score_files(
     bundle: str | Path, # a bundle's folder
@@ -109,26 +110,30 @@ def score_files(
     scorer = Scorer(bundle, device)
     return [scorer.score(f) for f in progress(files, desc='score', unit='file')]
 
+# %% ../nbs/88_score.ipynb #ac17d04c
+def _shorten(text, width=70): return text if len(text) <= width else text[:width - 1] + '…'
+
+# %% ../nbs/88_score.ipynb #4e223cdf
+def _format_row(row, most):
+    "Lines about one file: its score, and the windows and frames that weigh most."
+    if row['error']: return [row['file'], f"  not scored: {row['error']}"]
+    strongest = lambda parts: sorted(parts, key=lambda p: -abs(p['contribution']))[:most]
+    parts = '  '.join(f'{m} {v:+.3f}' for m, v in row['modalities'].items())
+    lines = [row['file'], f"  {row['label']}   probability {row['prob']:.3f}, threshold {row['threshold']:.3f}   {parts}"]
+    for w in strongest(row['windows']):
+        where = f"{w['start']:7.1f} – {w['end']:5.1f} s"
+        lines.append(f"  {where}  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
+    lines += [f"  frame at {f['time']:6.1f} s  {f['contribution']:+.2f} log-odds" for f in strongest(row['frames'])]
+    return lines if row['windows'] else [*lines, '  nothing was said']
+
 # %% ../nbs/88_score.ipynb #e068dda9
+_DEMO_NOTE = 'This is the demo bundle: trained on synthetic videos about invented groups, it says nothing about real ones.'
+
+
 def format_scores(
     rows: list[dict], # from `score_files`
     most: int = 3, # windows and frames to show of each file
 ) -> str:
     "Lay scores out for a person to read."
-    lines = []
-    strongest = lambda parts: sorted(parts, key=lambda p: -abs(p['contribution']))[:most]
-    for r in rows:
-        lines.append(r['file'])
-        if r['error']: lines.append(f"  not scored: {r['error']}"); continue
-        parts = '  '.join(f'{m} {v:+.3f}' for m, v in r['modalities'].items())
-        lines.append(f"  {r['label']}   probability {r['prob']:.3f}, threshold {r['threshold']:.3f}   {parts}")
-        for w in strongest(r['windows']):
-            lines.append(f"  {w['start']:7.1f} – {w['end']:5.1f} s  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
-        for f in strongest(r['frames']): lines.append(f"  frame at {f['time']:6.1f} s  {f['contribution']:+.2f} log-odds")
-        if not r['windows']: lines.append('  nothing was said')
-    if any(r['demo'] for r in rows):
-        lines.append('\nThis is the demo bundle: trained on synthetic videos about invented groups, it says nothing about real ones.')
-    return '\n'.join(lines)
-
-# %% ../nbs/88_score.ipynb #ac17d04c
-def _shorten(text, width=70): return text if len(text) <= width else text[:width - 1] + '…'
+    lines = [line for row in rows for line in _format_row(row, most)]
+    return '\n'.join(lines + (['\n' + _DEMO_NOTE] if any(row['demo'] for row in rows) else []))

@@ -8,7 +8,6 @@ __all__ = ['ASSETS', 'NAME', 'TAG', 'PREPROCESS', 'SPOKEN', 'PROMPTS', 'register
 
 # %% ../nbs/15_tiny_clip.ipynb #cc6f46a5
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .base import progress
-from .demo import (
-    describe, draw_part, draw_scene, EMOTIONS, PLACE_WORDS, random_scene, random_sentence, Scene,
+from .base import progress, write_atomic
+from .scenes import (
+    describe, draw_part, draw_scene, EMOTIONS, PLACE_WORDS, pick, random_scene, random_sentence, Scene,
     SIGN_WORDS, SIGNS, SUBJECTS, TOPICS)
 
 # %% ../nbs/15_tiny_clip.ipynb #44a33a15
@@ -31,14 +30,17 @@ def register_tiny() -> str: # the model's name, for open_clip
     "Make `hatemm-tiny` known to open_clip, with its weights under the tag `demo`."
     import open_clip
     from open_clip.pretrained import _PRETRAINED
-    if NAME not in open_clip.list_models():
-        open_clip.add_model_config(ASSETS/f'{NAME}.json')
-        open_clip.factory._MODEL_CONFIGS[NAME]['text_cfg']['tokenizer_kwargs'] = dict(bpe_path=str(ASSETS/'tiny_bpe.txt.gz'))
-        _PRETRAINED[NAME] = {TAG: dict(file=str(ASSETS/f'{NAME}.safetensors'), **PREPROCESS)}
+    if NAME in open_clip.list_models(): return NAME
+    open_clip.add_model_config(ASSETS/f'{NAME}.json')
+    words = dict(bpe_path=str(ASSETS/'tiny_bpe.txt.gz'))
+    open_clip.factory._MODEL_CONFIGS[NAME]['text_cfg']['tokenizer_kwargs'] = words
+    _PRETRAINED[NAME] = {TAG: dict(file=str(ASSETS/f'{NAME}.safetensors'), **PREPROCESS)}
     return NAME
 
 # %% ../nbs/15_tiny_clip.ipynb #431706b6
-SPOKEN = {'claw': 'hostile', 'crossed-out claw': 'counter', 'heart': 'friendly', 'none': 'neutral', 'arrow': 'look', 'broom': 'sweep'}  # sign → kind of sentence
+SPOKEN = {'claw': 'hostile', 'crossed-out claw': 'counter', 'heart': 'friendly',
+          'none': 'neutral', 'arrow': 'look', 'broom': 'sweep'}  # sign → kind of sentence
+_MIXTURES = [(1, 0), (1, 1), (2, 0), (2, 1), (0, 2), (1, 2)]  # sentences of that kind, small talk
 
 
 def spoken_text(
@@ -47,7 +49,7 @@ def spoken_text(
     part: str = 'model', # which part of the grammar's space the sentences come from
 ) -> str: # one to four sentences
     "What somebody might say over a scene."
-    keys, fillers = [(1, 0), (1, 1), (2, 0), (2, 1), (0, 2), (1, 2)][rng.integers(6)]
+    keys, fillers = pick(_MIXTURES, rng)
     kinds = [SPOKEN[scene.sign]]*keys + ['filler']*fillers
     said = [draw_part(lambda r: random_sentence(k, r, scene.subject, scene.topic), part, rng) for k in kinds]
     return '. '.join(said[i] for i in rng.permutation(len(said)))
@@ -64,28 +66,40 @@ def misheard(
         error = rng.integers(5) if rng.random() < rate else -1
         at = int(rng.integers(len(word)))
         if error == 0: word = word[:at] + word[at+1:]
-        elif error == 1: word = word[:at] + 'abdegiklmnoprstuw'[rng.integers(17)] + word[at+1:]
+        elif error == 1: word = word[:at] + pick('abdegiklmnoprstuw', rng) + word[at+1:]
         elif error == 2: word = word[:-1]
         elif error == 3 and heard: word = heard.pop() + word
         elif error == 4: continue
         heard.append(word)
     return ' '.join(w for w in heard if w)
 
+# %% ../nbs/15_tiny_clip.ipynb #64c6b64e
+def _draw_shot(scene, rng):
+    "A scene in some resolution and shape, as a moving camera sees it."
+    height = int(rng.integers(200, 300))
+    wide, high = int(height*rng.uniform(1, 1.8)), height
+    x, y = rng.integers(0, wide//12), rng.integers(0, high//12)
+    picture = draw_scene(scene, wide, high, rng, lettering=rng.random() < .8)
+    return picture.crop((x, y, wide - wide//12 + x, high - high//12 + y))
+
 # %% ../nbs/15_tiny_clip.ipynb #c2aec484
 class ScenePairs(Dataset):
     "Endless drawn scenes with texts; item `i` depends on `seed` and `i` only."
-
-    def __init__(self, n, part='model', seed=0, size=96): self.n, self.part, self.seed, self.size = n, part, seed, size
+    def __init__(
+        self,
+        n: int, # items
+        part: str = 'model', # of the grammar's space
+        seed: int = 0,
+        size: int = 96, # pixels, of the square pictures
+    ):
+        self.n, self.part, self.seed, self.size = n, part, seed, size
 
     def __len__(self): return self.n
 
-    def __getitem__(self, i):
+    def __getitem__(self, i): # picture, uint8 (size, size, 3); text; Scene
         rng = np.random.default_rng([self.seed, i])
         scene = draw_part(random_scene, self.part, rng)
-        height = int(rng.integers(200, 300))
-        wide, high = int(height*rng.uniform(1, 1.8)), height
-        x, y = rng.integers(0, wide//12), rng.integers(0, high//12)
-        picture = draw_scene(scene, wide, high, rng, lettering=rng.random() < .8).crop((x, y, wide - wide//12 + x, high - high//12 + y))
+        picture = _draw_shot(scene, rng)
         text = describe(scene, rng) if rng.random() < .4 else misheard(spoken_text(scene, rng, self.part), rng)
         return np.asarray(picture.resize((self.size, self.size), reducing_gap=2.)), text, scene
 
@@ -110,6 +124,32 @@ def _to_input(images): # uint8 (B, H, W, 3) → float (B, 3, H, W)
     mean, std = (torch.tensor(PREPROCESS[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
     return (images.permute(0, 3, 1, 2).float()/255 - mean)/std
 
+# %% ../nbs/15_tiny_clip.ipynb #c1a6f9e4
+def _batches(steps, batch_size, seed):
+    pairs = ScenePairs(steps*batch_size, seed=seed)
+    return DataLoader(pairs, batch_size, num_workers=1, collate_fn=_collate, prefetch_factor=8)
+
+# %% ../nbs/15_tiny_clip.ipynb #9608e130
+def _optimiser(model, lr, steps):
+    "AdamW, with a warm-up over a tenth of the steps, then a cosine to zero."
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=.1)
+    share = lambda s: min(s/(steps/10), 1)*(1 + math.cos(math.pi*s/steps))/2
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+# %% ../nbs/15_tiny_clip.ipynb #c4975349
+def _train_step(model, images, tokens, optimizer, schedule):
+    "One step; its loss."
+    longest = int((tokens != 0).sum(1).max())
+    image_features, text_features, scale = model(_to_input(images), tokens[:, :longest])[:3]
+    loss = clip_loss(image_features, text_features, scale)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    optimizer.step()
+    schedule.step()
+    with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
+    return loss.item()
+
 # %% ../nbs/15_tiny_clip.ipynb #50c9d49a
 def train_tiny(
     out_file: str | Path, # .safetensors, float16
@@ -123,24 +163,12 @@ def train_tiny(
     from safetensors.torch import save_file
     torch.manual_seed(seed)
     model, tokenizer = open_clip.create_model(register_tiny(), load_weights=False), open_clip.get_tokenizer(NAME)
-    loader = DataLoader(ScenePairs(steps*batch_size, seed=seed), batch_size, num_workers=1, collate_fn=_collate, prefetch_factor=8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s/(steps/10), 1)*(1 + math.cos(math.pi*s/steps))/2)
-    losses = []
-    for images, texts in progress(loader, desc='train', unit='step'):
-        tokens = tokenizer(texts)
-        image_features, text_features, scale = model(_to_input(images), tokens[:, :int((tokens != 0).sum(1).max())])[:3]
-        loss = clip_loss(image_features, text_features, scale)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad(): model.logit_scale.clamp_(0, math.log(100))
-        losses.append(loss.item())
-    part = Path(f'{out_file}.part')
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, part)
-    os.replace(part, out_file)
+    batches = _batches(steps, batch_size, seed)
+    optimizer, schedule = _optimiser(model, lr, steps)
+    losses = [_train_step(model, images, tokenizer(texts), optimizer, schedule)
+              for images, texts in progress(batches, desc='train', unit='step')]
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    with write_atomic(out_file) as part: save_file(weights, part)
     return losses
 
 # %% ../nbs/15_tiny_clip.ipynb #e4e72f96

@@ -9,12 +9,13 @@ __all__ = ['TOPIC_HEADS', 'TOPIC_GRID', 'relabel', 'demo_topics', 'study_topics'
 # %% ../nbs/45_topics.ipynb #8340113b
 import csv
 import dataclasses
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .base import InputError, PREDICTIONS_BY_CLASS, read_table, write_table
+from .base import InputError, PREDICTIONS_BY_CLASS, read_table, Run, write_table
 from .demo import read_truth
 from .compare import adjust_holm, paired_difference, summarise_runs
 from .features import Features, read_features, sort_modalities
@@ -29,7 +30,8 @@ def relabel(
     names = np.asarray(names, str)
     if len(names) != len(features): raise InputError(f"{len(names)} labels for {len(features)} clips; give one a clip")
     kept, label_names = features[names != ''], sorted(set(names.tolist()) - {''})
-    if len(label_names) < 2: raise InputError(f"the labels are all {(label_names or [''])[0]!r}; expected two topics or more")
+    if len(label_names) < 2:
+        raise InputError(f"the labels are all {(label_names or [''])[0]!r}; expected two topics or more")
     return dataclasses.replace(kept, labels=np.searchsorted(label_names, names[names != '']), label_names=label_names)
 
 # %% ../nbs/45_topics.ipynb #686c9923
@@ -53,16 +55,16 @@ def study_topics(
     seeds: int = 5, # networks per fold
     epochs: int = 20, # all are run
     alpha: float = .4, # of mixup's Beta distribution
-    heads: dict = TOPIC_HEADS, # name in the tables -> key of HEADS
+    heads: dict = TOPIC_HEADS, # name in the tables → key of HEADS
     seed: int = 0, # the first of the seeds
     **params, # of FusionClassifier
 ) -> tuple: # `predictions`; history: a row a network and epoch
     "Train every head with and without mixup."
-    together, found = '+'.join(sorted(features.arrays)), []
-    for name, head in heads.items():
-        for condition, mixup in (('normal', 0.), ('mixup', alpha)):
-            tables = crossval(features, head, [together], seeds, grid=TOPIC_GRID, seed=seed, mixup=mixup, epochs=epochs, patience=epochs, class_weight=None, return_history=True, **params)
-            found.append([t.assign(run=name, train_condition=condition) for t in tables])
+    together, found = ['+'.join(sorted(features.arrays))], []
+    params = dict(epochs=epochs, patience=epochs, class_weight=None, return_history=True) | params
+    for (name, head), (condition, mixup) in product(heads.items(), dict(normal=0., mixup=alpha).items()):
+        tables = crossval(features, head, together, seeds, grid=TOPIC_GRID, seed=seed, mixup=mixup, **params)
+        found.append([t.assign(run=name, train_condition=condition) for t in tables])
     return tuple(pd.concat(tables, ignore_index=True) for tables in zip(*found))
 
 # %% ../nbs/45_topics.ipynb #3ef24ff3
@@ -72,18 +74,28 @@ def topic_table(
 ) -> pd.DataFrame: # a row a run: f1_micro and macro_f1, each with mean, sd_seeds, low, high
     "Scores of the six runs on the test parts."
     table = summarise_runs(predictions, ['accuracy', 'macro_f1'], n=n).replace(dict(metric={'accuracy': 'f1_micro'}))
-    return pd.concat({m: rows.set_index(['run', 'train_condition'])[['mean', 'sd_seeds', 'low', 'high']] for m, rows in table.groupby('metric', sort=False)}, axis=1)
+    columns = ['mean', 'sd_seeds', 'low', 'high']
+    by_metric = {m: rows.set_index(['run', 'train_condition'])[columns] for m, rows in table.groupby('metric', sort=False)}
+    return pd.concat(by_metric, axis=1)
 
 # %% ../nbs/45_topics.ipynb #99c1b2a5
+def _questions(heads):
+    "Pairs of runs that are compared, by what is asked."
+    run = lambda name, condition='normal': dict(run=name, train_condition=condition)
+    mixup = {f'{h}: mixup': (run(h, 'mixup'), run(h)) for h in heads}
+    return mixup | {f'{h} instead of {heads[0]}': (run(h), run(heads[0])) for h in heads[1:]}
+
+# %% ../nbs/45_topics.ipynb #137bc142
 def topic_differences(
     predictions: pd.DataFrame, # from `study_topics`
     n: int = 1000, # resamples and permutations
 ) -> pd.DataFrame: # a row a question: delta of f1_micro, low, high, p, p corrected, beyond_noise
     "What mixup and the kind of head change, paired by video."
-    run = lambda name, condition='normal': dict(run=name, train_condition=condition)
-    heads = list(predictions.run.unique())
-    questions = {f'{h}: mixup': (run(h, 'mixup'), run(h)) for h in heads} | {f'{h} instead of {heads[0]}': (run(h), run(heads[0])) for h in heads[1:]}
-    table = pd.DataFrame({q: paired_difference(predictions, a, b, ['accuracy'], n=n).loc['accuracy', ['delta', 'low', 'high', 'p']] for q, (a, b) in questions.items()}).T
+    rows = {}
+    for question, (a, b) in _questions(list(predictions.run.unique())).items():
+        found = paired_difference(predictions, a, b, ['accuracy'], n=n)
+        rows[question] = found.loc['accuracy', ['delta', 'low', 'high', 'p']]
+    table = pd.DataFrame(rows).T
     table['p_holm'] = adjust_holm(table.p)
     return table.assign(beyond_noise=table.p_holm < .05)
 
@@ -97,24 +109,36 @@ def plot_curves(
     import seaborn as sns
     from matplotlib.ticker import MaxNLocator
     rows = history.rename(columns=dict(run='head', train_condition='training'))
-    grid = sns.relplot(rows, x='epoch', y=score, hue='head', col='training', kind='line', palette='colorblind', errorbar='sd', err_kws=dict(alpha=.12), height=3.2, aspect=1.1)
-    grid.set_axis_labels('epoch', {'val_accuracy': 'f1-micro, validation parts', 'val_loss': 'log loss, validation parts'}[score])
+    grid = sns.relplot(rows, x='epoch', y=score, hue='head', col='training', kind='line', palette='colorblind',
+                       errorbar='sd', err_kws=dict(alpha=.12), height=3.2, aspect=1.1)
+    names = {'val_accuracy': 'f1-micro, validation parts', 'val_loss': 'log loss, validation parts'}
+    grid.set_axis_labels('epoch', names[score])
     grid.set_titles('{col_name}')
     for ax in grid.axes.flat: ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid.figure.suptitle(title, y=1.03)
     return grid
 
 # %% ../nbs/45_topics.ipynb #4b60e404
+_COLUMNS = ('Video Id', 'Title', 'Category')
+
+
+def _read_rows(path):
+    "Rows of a .csv that has the columns of titles."
+    if not Path(path).is_file(): raise InputError(f"{path}: no such file; expected a .csv with the columns {', '.join(_COLUMNS)}")
+    with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    found = list(map(str, rows[0])) if rows else []
+    missing = [c for c in _COLUMNS if c not in found]
+    if missing: raise InputError(f"{path}: lacks the column {missing[0]!r}; it has {', '.join(found) or 'no rows'}")
+    return rows
+
+# %% ../nbs/45_topics.ipynb #be0c2eb4
 def read_titles(
     path: str | Path, # .csv with the columns Video Id, Title, Category
     topics=('art and music', 'food', 'history', 'travel'), # those to keep
 ) -> pd.DataFrame: # video_id, title, topic, group: equal titles
     "Read titles of videos; a video with two topics is left out."
-    if not Path(path).is_file(): raise InputError(f"{path}: no such file; expected a .csv with the columns Video Id, Title, Category")
-    with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    missing = [c for c in ('Video Id', 'Title', 'Category') if not rows or c not in rows[0]]
-    if missing: raise InputError(f"{path}: lacks the column {missing[0]!r}; it has {', '.join(map(str, rows[0])) if rows else 'no rows'}")
-    table = pd.DataFrame(dict(video_id=r['Video Id'], title=r['Title'].strip(), topic=r['Category']) for r in rows)
+    rows = [dict(video_id=r['Video Id'], title=r['Title'].strip(), topic=r['Category']) for r in _read_rows(path)]
+    table = pd.DataFrame(rows)
     table['group'] = table.title.str.lower()
     clear = table.groupby('video_id').topic.transform('nunique') == 1
     return table[clear & (table.title != '') & table.topic.isin(topics)].drop_duplicates('video_id', ignore_index=True)
@@ -139,8 +163,9 @@ def embed_titles(
     "Latent semantic features of the windows of titles, fitted on the training part."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
-    words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit(titles.title.iloc[train])
-    svd = TruncatedSVD(min(dims, len(words.vocabulary_) - 1), random_state=seed).fit(words.transform(titles.title.iloc[train]))
+    seen = titles.title.iloc[train]
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit(seen)
+    svd = TruncatedSVD(min(dims, len(words.vocabulary_) - 1), random_state=seed).fit(words.transform(seen))
     windows = [word_windows(t) for t in titles.title]
     counts = words.transform([w for ws in windows for w in ws])
     mask = np.arange(max(map(len, windows))) < np.array([len(ws) for ws in windows])[:, None]
@@ -165,8 +190,8 @@ def study_titles(
     split = with_protocol(whole, protocol).split
     for k, parts in enumerate(split):
         features = embed_titles(titles, np.flatnonzero(parts == 'train'), dims)
-        tables = study_topics(dataclasses.replace(features, video_ids=groups, groups=groups, split=parts[None]), seeds, epochs, **params)
-        found.append([t.assign(fold=k) for t in tables])
+        features = dataclasses.replace(features, video_ids=groups, groups=groups, split=parts[None])
+        found.append([t.assign(fold=k) for t in study_topics(features, seeds, epochs, **params)])
     return tuple(pd.concat(tables, ignore_index=True) for tables in zip(*found))
 
 # %% ../nbs/45_topics.ipynb #2bcbaec4
@@ -180,8 +205,9 @@ def run_topics(
     seed: int = 0, # the first of the seeds
 ) -> tuple: # `predictions`; history
     "Run the stage on the demo corpus."
-    run = Path(run_dir)
-    features = demo_topics(sort_modalities(read_features(run), modality), read_table(run/'clips.parquet'), data_dir)
+    run = Run(run_dir)
+    features = demo_topics(sort_modalities(read_features(run), modality), read_table(run.clips), data_dir)
     predictions, history = study_topics(features, seeds, epochs, alpha, seed=seed)
-    write_table(predictions, run/'topics.parquet', PREDICTIONS_BY_CLASS, features.provenance.get('splits', ''), modality=modality, seeds=seeds, epochs=epochs, alpha=alpha, seed=seed)
+    settings = dict(modality=modality, seeds=seeds, epochs=epochs, alpha=alpha, seed=seed)
+    write_table(predictions, run.topics, PREDICTIONS_BY_CLASS, features.provenance.get('splits', ''), **settings)
     return predictions, history
