@@ -24,7 +24,7 @@ from .base import InputError, PREDICTIONS, progress, write_json, write_table
 from .metrics import apply_temperature, interval
 from .compare import difference, Resampled
 from .features import check_features, check_training, Features, read_features, sort_modalities
-from .members import Member, predict_members, Rows, take_members, train_members
+from .members import Member, predict_members, ClipTensors, take_members, train_members
 from .classifier import bagged_threshold, choose_calibration, FusionClassifier, join_features
 from .fusion import run_name
 from .corruption import corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, parse_condition
@@ -272,8 +272,8 @@ def _run_fold(plan, k):
     "Predictions tables of one fold."
     features, config = plan.features, plan.settings.classifier()
     check_training(features, np.flatnonzero(features.split[k] == 'train'))
-    stack = config._prepare(_stack_of_fold(plan, k))
-    data = Rows(stack, device=config.device)
+    stack = config.prepare(_stack_of_fold(plan, k))
+    data = ClipTensors(stack, device=config.device)
     clips = {p: np.flatnonzero(features.split[k] == p) for p in ('val', 'test')}
     labels, videos = features.labels[clips['val']], features.video_ids[clips['val']]
     for name, members in _train_fold(plan, k, data, stack.labels).items():
