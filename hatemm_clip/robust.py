@@ -8,7 +8,7 @@ __all__ = ['Recipe', 'training_recipe', 'stack_conditions', 'recipe_rows', 'defa
            'choose_training', 'with_interval', 'split_gain', 'plot_gains', 'plot_severity', 'run_robust',
            'format_cells']
 
-# %% ../nbs/50_robust.ipynb #c0361b32
+# %% ../nbs/50_robust.ipynb #84ed4641
 import dataclasses
 import functools
 import itertools
@@ -24,7 +24,7 @@ from .base import InputError, PREDICTIONS, progress, write_json, write_table
 from .metrics import apply_temperature, interval
 from .compare import difference, Resampled
 from .features import check_features, check_training, Features, read_features, sort_modalities
-from .members import Member, predict_members, ClipTensors, take_members, train_members
+from .members import ClipTensors, Member, predict_members, take_members, train_members
 from .classifier import bagged_threshold, choose_calibration, FusionClassifier, join_features
 from .fusion import run_name
 from .corruption import corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, parse_condition
@@ -248,7 +248,7 @@ class _Calibrated:
 def _calibrate(probs, labels, videos, clean):
     "Calibrate on clean validation clips; `clean` is their place among the test conditions."
     two = lambda p: np.stack([1 - p, p], axis=1)
-    chosen = [choose_calibration(labels, two(p[clean]), videos) for p in probs['val']]
+    chosen = [choose_calibration(labels, two(p[clean]), videos)[:2] for p in probs['val']]
     temperature, threshold = map(np.array, zip(*chosen))
     scale = lambda p, t: apply_temperature(p.ravel(), t).reshape(p.shape)
     scaled = {part: np.stack([scale(*pair) for pair in zip(ps, temperature)]) for part, ps in probs.items()}
