@@ -104,6 +104,15 @@ def _scoring_batches(rows, config):
     cut = [rows[i:i + size] for i in range(0, len(rows), size)]
     return [(part, np.ones(len(part), np.float32)) for part in cut]
 
+# %% ../nbs/28_training.ipynb #f6a66d90
+def _activations(precision, device):
+    "Type of the activations; auto: float32 on a CPU, what suits it on a GPU."
+    gpu = device.startswith('cuda')
+    if precision == 'float16' and not gpu:
+        raise InputError(f"precision float16 needs a GPU, device is {device}; use bfloat16 or float32")
+    if precision == 'auto': precision = faster_precision(device=device) if gpu else 'float32'
+    return getattr(torch, precision)
+
 # %% ../nbs/28_training.ipynb #d4854b41
 @torch.no_grad()
 def _standardise(session, most=512):
@@ -118,15 +127,6 @@ def _standardise(session, most=512):
         std = units.std(0, correction=0)
         setattr(s.model.head, f'mean_{m}', units.mean(0))
         setattr(s.model.head, f'std_{m}', torch.where(std > 1e-6, std, 1.))
-
-# %% ../nbs/28_training.ipynb #f6a66d90
-def _activations(precision, device):
-    "Type of the activations; auto: float32 on a CPU, what suits it on a GPU."
-    gpu = device.startswith('cuda')
-    if precision == 'float16' and not gpu:
-        raise InputError(f"precision float16 needs a GPU, device is {device}; use bfloat16 or float32")
-    if precision == 'auto': precision = faster_precision(device=device) if gpu else 'float32'
-    return getattr(torch, precision)
 
 # %% ../nbs/28_training.ipynb #f4be3422
 def load_base(
