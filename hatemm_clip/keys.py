@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'ROLES', 'PACKAGE', 'AT_IMPORT', 'ALL', 'TABLES', 'ENDS', 'DATASET_FILES', 'FILE_PARAMETERS', 'read_cells',
-           'stage_parameters', 'parse', 'names', 'free_names', 'needed_cells', 'is_exported', 'stage_cells', 'Source',
-           'project_imports', 'read_source', 'package_dir', 'reached', 'plain_code', 'short_hash', 'code_hashes',
-           'fingerprint', 'data_fingerprint', 'absolute_paths', 'depends', 'explain']
+           'stage_parameters', 'parse', 'plain_code', 'names', 'free_names', 'needed_cells', 'is_exported',
+           'stage_cells', 'Source', 'project_imports', 'read_source', 'package_dir', 'reached', 'short_hash',
+           'code_hashes', 'fingerprint', 'data_fingerprint', 'absolute_paths', 'depends', 'explain']
 
 # %% ../nbs/94_keys.ipynb #400ab611
 import ast
@@ -41,21 +41,36 @@ def stage_parameters(
     name = lambda line: (line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id
     return {name(line): ast.literal_eval(line.value) for line in lines}
 
-# %% ../nbs/94_keys.ipynb #fe4fed4b
+# %% ../nbs/94_keys.ipynb #17823752
+@lru_cache(maxsize=None)
 def parse(
-    source: str, # of a cell; lines of IPython, such as %time, are passed over
-) -> list: # statements
-    "Parse a code cell."
-    try: return ast.parse(source).body
-    except SyntaxError: return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.MULTILINE)).body
+    source: str, # of a cell or a module; lines of IPython, such as %time, are passed over
+) -> tuple: # statements, without docstrings
+    "Parse code; the same code gives the same statements."
+    try: tree = ast.parse(source)
+    except SyntaxError: tree = ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.MULTILINE))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and _is_text(node.body[0]): node.body = node.body[1:] or [ast.Pass()]
+    return tuple(tree.body)
+
+
+def _is_text(statement): return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 @lru_cache(maxsize=None)
+def plain_code(
+    statement, # of `parse`
+) -> str:
+    "Code without docstrings, comments and layout."
+    return ast.unparse(statement)
+
+# %% ../nbs/94_keys.ipynb #ea2a2d4c
+@lru_cache(maxsize=None)
 def names(
-    statement, # a node of `parse`
+    statement, # of `parse`
 ) -> tuple[set, set]: # used, bound
     "Names of the module that a statement uses, and those that it binds."
-    table = symtable.symtable(ast.unparse(statement), 'cell', 'exec')
+    table = symtable.symtable(plain_code(statement), 'cell', 'exec')
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     used = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
     used |= {s.get_name() for inner in _scopes(table) for s in inner.get_symbols() if s.is_global()}
@@ -173,12 +188,13 @@ class Source:
     imports: dict = field(default_factory=dict) # name → (module, name there)
     at_import: list = field(default_factory=list) # other statements
 
-# %% ../nbs/94_keys.ipynb #457542d7
+# %% ../nbs/94_keys.ipynb #02a68ce1
 def project_imports(
     statement, # a node
 ) -> dict: # name here → (module, name there), of this project's modules alone
     "Imports anywhere inside a statement."
     found = {}
+    if 'import ' not in plain_code(statement): return found
     for node in ast.walk(statement):
         if isinstance(node, ast.Import):
             found |= {a.name: (a.name.split('.')[1], ALL) for a in node.names if a.name.startswith(f'{PACKAGE}.')}
@@ -188,12 +204,12 @@ def project_imports(
         elif path.startswith(f'{PACKAGE}.'): found |= {a.asname or a.name: (path.split('.')[1], a.name) for a in node.names}
     return found
 
-# %% ../nbs/94_keys.ipynb #5159f4b9
+# %% ../nbs/94_keys.ipynb #b4408167
 def read_source(
-    text: str, # of a module
+    body: tuple, # statements of a module
 ) -> Source:
     "Sort the statements of a module."
-    source, body = Source(), parse(text)
+    source = Source()
     for s in body:
         if isinstance(s, (ast.Import, ast.ImportFrom)): source.imports |= project_imports(s)
         elif (bound := _defined(s)): source.definitions |= {n: [*source.definitions.get(n, []), s] for n in bound}
@@ -214,9 +230,6 @@ def _defined(statement):
     return [n.id for n in plain] if all(isinstance(n, ast.Name) for n in plain) else []
 
 
-def _is_text(statement): return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-
-
 def _root(node):
     "The name that an expression such as `app.command()` begins with."
     while not isinstance(node, ast.Name):
@@ -224,12 +237,12 @@ def _root(node):
         if node is None: return ''
     return node.id
 
-# %% ../nbs/94_keys.ipynb #408f5645
+# %% ../nbs/94_keys.ipynb #13cf5812
 def package_dir(): return Path(find_spec(PACKAGE).submodule_search_locations[0])
 
 
 @lru_cache(maxsize=256)
-def _module(path, changed): return read_source(Path(path).read_text(encoding='utf-8'))
+def _module(path, changed): return read_source(parse(Path(path).read_text(encoding='utf-8')))
 
 
 def _statements(source, name):
@@ -275,29 +288,17 @@ def _read_module(package, name):
     path = Path(package)/f'{name}.py'
     return _module(str(path), path.stat().st_mtime_ns) if path.is_file() else None
 
-# %% ../nbs/94_keys.ipynb #d951e6a2
-@lru_cache(maxsize=None)
-def plain_code(
-    statement, # a node
-) -> str:
-    "Code without docstrings, comments and layout."
-    statement = ast.parse(ast.unparse(statement)).body[0]  # a copy
-    for node in ast.walk(statement):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
-        if _is_text(node.body[0]): node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(statement)
-
-
+# %% ../nbs/94_keys.ipynb #8ff9ffdf
 def short_hash(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/94_keys.ipynb #6c90ffaa
+# %% ../nbs/94_keys.ipynb #36d450cc
 def code_hashes(
     notebook: str | Path, # a stage's
     package: Path | None = None, # folder of the modules; None: that of the installed package
 ) -> dict: # `module.name` → hash
     "Hash each definition that a stage uses, and its own cells."
     cells, stem = stage_cells(notebook), re.sub(r'^\d+_', '', Path(notebook).stem)
-    own = read_source('\n'.join(c['source'] for c in cells if c['role'] == 'exported'))
+    own = read_source([s for c in cells if c['role'] == 'exported' for s in parse(c['source'])])
     ran = [s for c in cells if c['role'] in ('needed', 'stage') for s in parse(c['source'])]
     code = {f'{module or stem}.{name}': statements for (module, name), statements in reached(own, ran, package).items()}
     code['the cells of the stage'] = [s for s in ran if not isinstance(s, (ast.Import, ast.ImportFrom))]
@@ -371,24 +372,25 @@ def _absolute(name, value, folder):
     places = [Path(value).expanduser(), folder/value]
     return next((str(p.resolve()) for p in places if p.is_file() or p.is_dir() and '/' in value), value)
 
-# %% ../nbs/94_keys.ipynb #fc18ccce
+# %% ../nbs/94_keys.ipynb #5d56aa32
 def depends(
     notebook: str | Path, # a stage's
     parameters: dict, # all of them, with absolute paths
     before: dict, # stage → fingerprint of what it made
-    package: Path | None = None, # folder of the modules; None: that of the installed package
+    code: dict | None = None, # of `code_hashes`, where it is known
 ) -> dict: # parameters, files, before, code
     "All that shapes the outputs of a stage."
     given = {name: value for name, value in parameters.items() if name != 'run_dir'}
-    return dict(parameters=given, files=_file_hashes(parameters), before=dict(before), code=code_hashes(notebook, package))
+    return dict(parameters=given, files=_file_hashes(Path(notebook).stem, parameters), before=dict(before), code=code or code_hashes(notebook))
 
 
-def _file_hashes(parameters):
-    "Fingerprints of the files that parameters name; the demo corpus is no input, the stage makes it."
+def _file_hashes(stage, parameters):
+    "Fingerprints of the files that parameters name; 00_data alone reads the data set, and makes that of the demo."
     paths = {n: parameters[n] for n in FILE_PARAMETERS if os.path.isabs(parameters.get(n, ''))}
     found = {n: fingerprint(path) for n, path in paths.items() if os.path.exists(path)}
     dataset = parameters.get('dataset', 'demo')
-    return found if dataset == 'demo' else found | dict(data_dir=data_fingerprint(dataset, parameters['data_dir']))
+    if stage != '00_data' or dataset == 'demo': return found
+    return found | dict(data_dir=data_fingerprint(dataset, parameters['data_dir']))
 
 # %% ../nbs/94_keys.ipynb #43a1c800
 def explain(

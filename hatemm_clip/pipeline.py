@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'NEEDS', 'USUAL_STAGES', 'KEEP_ROWS', 'NO_ROW', 'one_of', '
            'check_run', 'stage_notebook', 'runnable', 'end_kernel', 'read_log', 'results', 'row_key', 'begin',
            'publish', 'recover', 'bring_back', 'plan_stage', 'decided', 'plan_run', 'run_pipeline']
 
-# %% ../nbs/95_pipeline.ipynb #701b357f
+# %% ../nbs/95_pipeline.ipynb #177c94d3
 import difflib
 import json
 import os
@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .keys import (
-    absolute_paths, data_fingerprint, depends, explain, fingerprint, package_dir, short_hash, stage_cells, stage_parameters)
+    absolute_paths, code_hashes, depends, explain, fingerprint, package_dir, short_hash, stage_cells, stage_parameters)
 
 # %% ../nbs/95_pipeline.ipynb #9fc15552
 STAGES = {
@@ -524,7 +524,7 @@ def _note_decided(stage, folder, parameters, log):
     value = open_store(folder/'features.lance').provenance['precision']
     log.setdefault('decided', {})['precision'] = dict(value=value, of=_same_choice(parameters))
 
-# %% ../nbs/95_pipeline.ipynb #3c75b7f6
+# %% ../nbs/95_pipeline.ipynb #76c5a3e3
 def _read_run(params_file, out, only, start):
     "Notebooks, folder, parameters as given and all of them, and what each stage depends on."
     params_file = Path(params_file)
@@ -536,8 +536,19 @@ def _read_run(params_file, out, only, start):
     if out.exists() and not out.is_dir(): _fail(f"{out} is a file; --out must name a folder")
     params = {s: all_parameters(values, notebooks/f'{s}.ipynb', beside) for s, values in given.items()}
     params = {s: values | dict(run_dir=str(out)) for s, values in params.items()}
-    depend = {s: depends(notebooks/f'{s}.ipynb', params[s], {}) for s in params}
+    code = _code_of({s: notebooks/f'{s}.ipynb' for s in params}, out)
+    depend = {s: depends(notebooks/f'{s}.ipynb', params[s], {}, code[s]) for s in params}
     return notebooks, out, params, depend
+
+
+def _code_of(notebooks, out):
+    "Hashes of the code of stages; those that a run has found are good until a file is written."
+    sources = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (*notebooks.values(), *sorted(package_dir().glob('*.py')))]
+    known, state = _read_json(out/'.code.json') or {}, short_hash(sources)
+    if known.get('state') == state: return known['code']
+    code = {s: code_hashes(path) for s, path in notebooks.items()}
+    if (out/'run.json').exists(): _write_json(out/'.code.json', dict(state=state, code=code))
+    return code
 
 
 def plan_run(
@@ -547,7 +558,7 @@ def plan_run(
     start: str | None = None, # run this stage and all after it, up to date or not
     force: bool = False, # run stages that are up to date, too
 ) -> list[dict]: # stage, stale, why
-    "Tell what a run would do, and why; nothing is started, nothing written."
+    "Say what a run would do, and why; nothing is started."
     _, out, params, depend = _read_run(params_file, out, only, start)
     rows = _plan(params, depend, out, read_log(out), only, start, force)
     check_run(params, [r['stage'] for r in rows if r['stale']], out, weights=False)
