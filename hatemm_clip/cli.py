@@ -100,7 +100,7 @@ def check(
     if json_file != '-': print(format_report(report))
     if report['errors']: raise typer.Exit(1)
 
-# %% ../nbs/97_cli.ipynb #4b2fa365
+# %% ../nbs/97_cli.ipynb #8c2ed98e
 @app.command()
 def run(
     params_file: str = typer.Argument(..., help='A .yml file, such as nbs/params/demo.yml.'),
@@ -112,26 +112,31 @@ def run(
     json_file: str = JSON,
 ):
     "Run the notebooks as a batch."
-    from hatemm_clip.pipeline import plan_run, run_pipeline
-    if dry_run:
-        plan = plan_run(params_file, out, only, start, force)
-        _emit(plan, json_file)
-        return _print_plan(plan) if json_file != '-' else None
-    try: folder = run_pipeline(params_file, out, only, start, force, echo=print if json_file != '-' else lambda line: None)
+    which = (params_file, out, only, start, force)
+    try: _dry_run(which, json_file) if dry_run else _real_run(which, json_file)
     except KeyboardInterrupt:
         print('stopped; run again to go on', file=sys.stderr)
         raise typer.Exit(130) from None
-    metrics = json.loads((folder/'metrics.json').read_text()) if (folder/'metrics.json').exists() else {}
-    _emit(metrics, json_file)
-    if json_file != '-': _print_run(folder, metrics)
 
-# %% ../nbs/97_cli.ipynb #b6eb7d28
-def _print_plan(plan):
+# %% ../nbs/97_cli.ipynb #f26e9a21
+def _echo(line): print(line, flush=True)  # a pipe sees each stage when it ends
+
+
+def _dry_run(which, json_file):
+    from hatemm_clip.pipeline import plan_run
+    plan = plan_run(*which)
+    _emit(plan, json_file)
+    if json_file == '-': return
     for row in plan: print(f"{row['stage']}: {row['why']}")
 
 
-def _print_run(folder, metrics):
-    "The figures of a run, and where its report is."
+def _real_run(which, json_file):
+    "A line a stage, the figures of the run, and where its report is."
+    from hatemm_clip.pipeline import run_pipeline
+    folder = run_pipeline(*which, echo=_echo if json_file != '-' else lambda line: None)
+    metrics = json.loads((folder/'metrics.json').read_text()) if (folder/'metrics.json').exists() else {}
+    _emit(metrics, json_file)
+    if json_file == '-': return
     for head, found in metrics.items():
         shown = [f"{name} {found[name]['mean']:.3f} [{found[name]['low']:.3f}, {found[name]['high']:.3f}]" for name in ('macro_f1', 'auroc') if name in found]
         print(f'{head:<32}' + '  '.join(shown))

@@ -25,6 +25,14 @@ def execute(path):
     nbformat.write(nb, path)
 
 
+def drop_notices(path):
+    "A flagged cell that was left out and had nothing to show says so; the file does not keep that."
+    nb = nbformat.read(path, 4)
+    notices = [c for c in nb.cells if c.cell_type == 'code' and any(o.get('text', '').startswith('Left out: this cell needs') for o in c.outputs)]
+    for c in notices: c.outputs = []
+    if notices: nbformat.write(nb, path)
+
+
 def write_readme():
     "README.md is index.ipynb as Markdown, with its pictures in index_files/."
     from nbconvert import MarkdownExporter
@@ -53,6 +61,7 @@ def main():
         for path in [ROOT/f for f in args.run] or sorted((ROOT/'nbs').glob('*.ipynb')):
             print(path.name, flush=True)
             execute(path)
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')): drop_notices(path)
     write_readme()
     subprocess.run([BIN/'nbdev_clean'], check=True)
 
