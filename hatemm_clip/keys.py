@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GIVEN', 'ROLES', 'PACKAGE', 'AT_IMPORT', 'ALL', 'TABLES', 'ENDS', 'DATASET_FILES', 'FILE_PARAMETERS', 'read_cells',
            'stage_parameters', 'parse', 'plain_code', 'names', 'free_names', 'needed_cells', 'is_exported',
-           'stage_cells', 'Source', 'project_imports', 'read_source', 'package_dir', 'reached', 'short_hash',
-           'code_hashes', 'fingerprint', 'data_fingerprint', 'absolute_paths', 'depends', 'explain']
+           'stage_cells', 'missing_names', 'Source', 'project_imports', 'read_source', 'package_dir', 'reached',
+           'short_hash', 'code_hashes', 'fingerprint', 'data_fingerprint', 'absolute_paths', 'depends', 'explain']
 
 # %% ../nbs/94_keys.ipynb #400ab611
 import ast
@@ -64,7 +64,7 @@ def plain_code(
     "Code without docstrings, comments and layout."
     return ast.unparse(statement)
 
-# %% ../nbs/94_keys.ipynb #ea2a2d4c
+# %% ../nbs/94_keys.ipynb #d84dc9fa
 @lru_cache(maxsize=None)
 def names(
     statement, # of `parse`
@@ -74,8 +74,14 @@ def names(
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     used = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
     used |= {s.get_name() for inner in _scopes(table) for s in inner.get_symbols() if s.is_global()}
-    changed = (n.target for n in ast.walk(statement) if isinstance(n, ast.AugAssign))
-    return used | {t.id for t in changed if isinstance(t, ast.Name)}, bound
+    return used | _changed_names(statement), bound
+
+
+def _changed_names(node):
+    "Names that `+=` and its like change, outside functions: they are used, too."
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return set()
+    own = {node.target.id} if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) else set()
+    return own.union(*map(_changed_names, ast.iter_child_nodes(node)))
 
 
 def _scopes(table):
@@ -175,6 +181,15 @@ def _readable(cells):
     begin = next(c['place'] for c in cells if re.search(r'^## The stage', c['source'], re.MULTILINE) and c['role'] == 'prose')
     followed = {c['place'] - 1 for c in cells if c['role'] != 'prose'}
     return [c for c in cells if c['role'] != 'prose' or c['place'] >= begin or c['place'] in followed]
+
+# %% ../nbs/94_keys.ipynb #727a19d1
+def missing_names(
+    notebook: str | Path, # a stage's
+) -> list[str]:
+    "Names that the cells of a stage use and none of them binds."
+    found = [names(s) for c in stage_cells(notebook) if c['type'] == 'code' for s in parse(c['source'])]
+    used, bound = (set().union(*sets) for sets in zip(*found))
+    return sorted(used - bound - GIVEN)
 
 # %% ../nbs/94_keys.ipynb #08fda196
 PACKAGE = 'hatemm_clip'

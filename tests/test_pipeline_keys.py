@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from hatemm_clip import keys, pipeline
 from hatemm_clip.data import InputError
-from hatemm_clip.keys import fingerprint, stage_cells, stage_parameters
+from hatemm_clip.keys import fingerprint, missing_names, stage_cells, stage_parameters
 from hatemm_clip.pipeline import STAGES, plan_run, read_params, run_pipeline
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"
@@ -350,4 +350,5 @@ def test_every_stage_runs_without_what_only_lessons_import(stage):
     "Stages run from an installed wheel, where the packages for development are not."
     imported = [line for c in stage_cells(ROOT/f'nbs/{stage}.ipynb') if c['type'] == 'code' for line in re.findall(r'^ *(?:from|import) +(\w+)', c['source'], re.MULTILINE)]
     assert not {'fastcore', 'nbdev', 'pytest'} & set(imported)
+    assert missing_names(ROOT/f'nbs/{stage}.ipynb') == []
     assert 'run_dir' in stage_parameters(ROOT/f'nbs/{stage}.ipynb')
