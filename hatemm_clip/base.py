@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'InputError',
-           'first_line', 'reason_of', 'check_failures', 'progress', 'cell_flag', 'leave_out_flagged', 'remove',
-           'write_atomic', 'write_text', 'write_json', 'read_json', 'store_lock', 'no_room', 'write_table',
-           'read_table', 'file_sha256', 'table_hash', 'short_hash', 'Run']
+           'first_line', 'reason_of', 'check_failures', 'progress', 'cell_flag', 'notebook_files', 'stored_outputs',
+           'show_stored', 'leave_out_flagged', 'beside_notebooks', 'remove', 'write_atomic', 'write_text', 'write_json',
+           'read_json', 'store_lock', 'no_room', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'short_hash',
+           'Run']
 
 # %% ../nbs/000_base.ipynb #040ac27c
 import hashlib
@@ -65,7 +66,7 @@ def progress(
     watched = asked or sys.stderr.isatty()
     return tqdm(items, disable=not watched, mininterval=.5, dynamic_ncols=True, **options)
 
-# %% ../nbs/000_base.ipynb #263ef2ee
+# %% ../nbs/000_base.ipynb #ebd2add8
 FLAGS = {'slow': 'some minutes', 'cuda': 'a GPU', 'net': 'a network', 'data': 'a real data set'}  # flag → what its cells need
 
 
@@ -76,18 +77,81 @@ def cell_flag(
     found = re.search(rf"^# *\| *({'|'.join(FLAGS)}) *$", source, re.MULTILINE)
     return found[1] if found else ''
 
-# %% ../nbs/000_base.ipynb #1042058f
+# %% ../nbs/000_base.ipynb #3f1c7a02
+_LEFT_OUT = 'Left out: this cell needs'
+
+
+def notebook_files() -> list[Path]: # the likeliest first
+    "Files that the notebook of this kernel may be in."
+    from IPython import get_ipython
+    of_vscode = getattr(get_ipython(), 'user_ns', {}).get('__vsc_ipynb_file__', '')
+    named = [Path(p) for p in (os.environ.get('JPY_SESSION_NAME', ''), of_vscode) if p]  # the first is set by JupyterLab
+    return [p for p in (*named, *sorted(Path().glob('*.ipynb'))) if p.suffix == '.ipynb' and p.is_file()]
+
+
+def stored_outputs(
+    path: Path, # .ipynb
+) -> dict: # source of a flagged cell → its outputs; those without any are left out
+    "What the flagged cells of a notebook file have given."
+    import nbformat
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code' and cell_flag(c.source)]
+    return {c.source.strip(): c.outputs for c in cells if c.outputs and not str(c.outputs[0].get('text', '')).startswith(_LEFT_OUT)}
+
+# %% ../nbs/000_base.ipynb #3f1c7a05
+_STORED = {}  # source of a flagged cell → its outputs, as last seen in a file
+
+
+def _remember(path): _STORED.update(stored_outputs(path))
+
+
+def show_stored(
+    source: str, # of a flagged cell
+):
+    "Give again what a flagged cell has given, or say how to have it run."
+    for path in notebook_files():
+        if source.strip() in stored_outputs(path): _remember(path); break
+    flag = cell_flag(source)
+    if source.strip() not in _STORED: print(f'{_LEFT_OUT} {FLAGS[flag]}. To run it, run this first: %env HATEMM_CELLS={flag}')
+    for output in _STORED.get(source.strip(), []): _send(output)
+
+
+def _send(output):
+    "Send an output as a message of its own kind; without a front end, show it."
+    from IPython import get_ipython
+    from IPython.display import display
+    hook, content = getattr(get_ipython(), 'displayhook', None), {k: v for k, v in output.items() if k != 'output_type'}
+    if hasattr(hook, 'pub_socket'):
+        sys.stdout.flush()
+        return hook.session.send(hook.pub_socket, output['output_type'], content, parent=hook.parent_header, ident=output['output_type'].encode())
+    if output['output_type'] == 'stream': print(output['text'], end='')
+    elif 'data' in output: display(output['data'], metadata=output['metadata'], raw=True)
+
+# %% ../nbs/000_base.ipynb #3f1c7a06
 def leave_out_flagged():
     "In Jupyter, leave out flagged cells, unless the environment's HATEMM_CELLS names their flag."
     from IPython import get_ipython
     shell = get_ipython()
     if shell is None: return
+    for path in notebook_files()[:1]: _remember(path)
 
-    def wait_to_be_asked(lines):
+    def leave_out(lines):
         flag = cell_flag(''.join(lines))
         if not flag or flag in os.environ.get('HATEMM_CELLS', ''): return lines
-        return [f"print('Left out: this cell needs {FLAGS[flag]}. To run it, run this first: %env HATEMM_CELLS={flag}')\n"]
-    shell.input_transformers_cleanup[:] = [t for t in shell.input_transformers_cleanup if getattr(t, '__name__', '') != 'wait_to_be_asked'] + [wait_to_be_asked]
+        return [f"__import__('sys').modules[{__name__!r}].show_stored({''.join(lines)!r})\n"]
+    others = [t for t in shell.input_transformers_cleanup if getattr(t, '__name__', '') != 'leave_out']
+    shell.input_transformers_cleanup[:] = [*others, leave_out]
+
+# %% ../nbs/000_base.ipynb #3f1c7a08
+def beside_notebooks(
+    path: str | Path, # a default, such as ../demo_data, or a path of one's own
+) -> Path: # absolute where it begins with ..
+    "Where a folder that begins with `..` lies: beside the notebooks of this clone."
+    from importlib.util import find_spec
+    path, clone = Path(path), Path(find_spec('hatemm_clip').submodule_search_locations[0]).parent/'nbs'
+    if path.is_absolute() or path.parts[:1] != ('..',) or (Path()/'00_data.ipynb').is_file(): return path
+    named = [p.parent for p in notebook_files()[:1] if (p.parent/'00_data.ipynb').is_file()]
+    home = next((p for p in (*named, clone) if (p/'00_data.ipynb').is_file()), Path())
+    return Path(os.path.normpath(home.absolute()/path))
 
 # %% ../nbs/000_base.ipynb #c9733194
 def remove(

@@ -30,7 +30,7 @@ def on_ray():
 def hatemm():
     "Run the `hatemm` command; gives the finished process."
     def call(*args, timeout=600):
-        return subprocess.run([str(Path(sys.executable).with_name('hatemm')), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run([sys.executable, '-m', 'hatemm_clip', *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     return call
 
 

@@ -1,5 +1,9 @@
 "The `hatemm` command: answers at once, tells bad input in one line, leaves nothing half-written."
 import json
+import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -14,15 +18,14 @@ def one_line_error(done):
 
 
 def test_help_starts_nothing_heavy():
-    import subprocess
-    import sys
-    code = "import sys; import hatemm_clip.pipeline; print(sorted({'torch', 'whisper', 'open_clip', 'pandas', 'numpy', 'lancedb'} & set(sys.modules)))"
+    code = "import sys; import hatemm_clip.cli, hatemm_clip.pipeline; print(sorted({'torch', 'whisper', 'open_clip', 'pandas', 'numpy', 'lancedb'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
-def test_help(hatemm):
-    done = hatemm('--help')
-    assert done.returncode == 0
+@pytest.mark.parametrize('option', ['--help', '-h'])
+def test_help(hatemm, option):
+    done = hatemm(option)
+    assert done.returncode == 0 and hatemm('crossval', option).returncode == 0
     for command in ('demo', 'fetch', 'run', 'score', 'check', 'crossval', 'bench', 'report'): assert command in done.stdout
 
 
@@ -33,11 +36,32 @@ def test_version(hatemm):
 
 @pytest.mark.parametrize('text,told', [
     ('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected an int'), ('- 1\n', 'holds a list'),
+    ('stages: [00_data]\naudio: mfcc\n', 'which this run leaves out'), ('30_finetune: {lr: 1}\n', 'add it to stages'),
+    ('40_fusion: {finetuned: lora}\n', 'which makes it, is left out'), ('00_data: {split: published}\n', 'comes without one'),
     ('10_asr:\n  modle: base\n', "did you mean 'model'"), ('10_asr: base\n', "10_asr is 'base'"), ('stages: [[00_data]]\n', 'is unknown')])
 def test_bad_parameters(hatemm, tmp_path, text, told):
     (tmp_path/'p.yml').write_text(text)
     assert told in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
     assert not (tmp_path/'out').exists()
+
+
+def test_dry_run(hatemm, tmp_path):
+    done = hatemm('run', 'nbs/params/demo.yml', '--out', tmp_path/'new', '--dry-run', '--json', tmp_path/'plan.json')
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == '00_data: never run' and not (tmp_path/'new').exists()
+    rows = json.loads((tmp_path/'plan.json').read_text())
+    assert rows[0] == dict(stage='00_data', stale=True, why='never run') and len(rows) == 6
+
+
+def test_notebooks_travel_in_a_wheel(tmp_path):
+    ignore = shutil.ignore_patterns('.git', '.venv', 'runs', 'demo_data*', '_docs', '_proc', '__pycache__', '*.egg-info', 'build')
+    shutil.copytree(ROOT, tmp_path/'copy', ignore=ignore, symlinks=True)
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path/'lib')], cwd=tmp_path/'copy', check=True, capture_output=True)
+    packed = tmp_path/'lib/hatemm_clip/notebooks'
+    assert {p.name for p in (ROOT/'nbs').glob('*.ipynb')} == {p.name for p in packed.glob('*.ipynb')} and (packed/'params/demo.yml').is_file()
+    (tmp_path/'my.yml').write_text('seed: 1\n')
+    code = "from hatemm_clip.pipeline import plan_run; print(len(plan_run('my.yml')))"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path/'lib')}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '6'
 
 
 def test_bad_runs(hatemm, tmp_path):

@@ -321,7 +321,7 @@ RUN = """
 import sys, time
 import pydantic, pyarrow.dataset, torchvision.transforms.v2
 from hatemm_clip import embed as module
-from hatemm_clip.data import read_table
+from hatemm_clip.base import read_table
 from killing import kill_runs
 encoder, encode = module.load_encoder(), module.encode_frames
 clips, transcripts = (read_table(f'{sys.argv[1]}/{name}.parquet') for name in ('clips', 'transcripts'))

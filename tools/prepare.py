@@ -71,6 +71,14 @@ def as_prose(cell):
     return nbformat.v4.new_markdown_cell('\n\n'.join(o.data['text/markdown'] for o in cell.outputs))
 
 
+def drop_notices(path):
+    "A flagged cell that was left out and had nothing to show says so; the file does not keep that."
+    nb = nbformat.read(path, 4)
+    notices = [c for c in nb.cells if c.cell_type == 'code' and any(o.get('text', '').startswith('Left out: this cell needs') for o in c.outputs)]
+    for c in notices: c.outputs = []
+    if notices: nbformat.write(nb, path)
+
+
 def write_readme():
     "README.md is index.ipynb as Markdown, with its pictures in index_files/."
     from nbconvert import MarkdownExporter
@@ -100,6 +108,7 @@ def main():
         for path in [ROOT/f for f in args.run] or sorted((ROOT/'nbs').glob('*.ipynb')):
             print(path.name, flush=True)
             execute(path)
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')): drop_notices(path)
     write_readme()
     write_sidebar()
     subprocess.run([BIN/'nbdev_clean'], check=True)
