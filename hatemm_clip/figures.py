@@ -452,7 +452,7 @@ def error_list(
     by_clip = rows.groupby(['head', 'clip_id', 'video_id', 'label'], sort=False)
     errors = by_clip[['prob', 'wrong']].mean().reset_index().query('wrong > 0')
     errors = errors.assign(error=np.where(errors.label == 1, 'missed', 'false alarm'))
-    if clips is not None: errors = errors.merge(_targets(errors, clips), on='clip_id')
+    if clips is not None: errors = _with_targets(errors, clips)
     order = [c for c in ('head', 'target', 'error', 'wrong', 'prob', 'clip_id') if c in errors]
     rising = [c not in ('wrong', 'prob') for c in order]
     errors = errors.sort_values(order, ascending=rising, ignore_index=True)
