@@ -4,22 +4,17 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'AUDIO_SECONDS', 'SILENCE', 'UNSEEN', 'MEDIA_SUFFIXES', 'detect_dataset',
-           'span_faults', 'row_faults', 'count_annotations', 'examine', 'SafeDecoder', 'decode_safely', 'decode_all',
+           'span_faults', 'row_faults', 'count_annotations', 'examine', 'call_guarded', 'decode_all', 'decode_safely',
            'write_broken', 'media_faults', 'duplicate_faults', 'file_faults', 'check_dataset', 'format_report',
            'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
 
-# %% ../nbs/03_check.ipynb #87ea5130
-import json
+# %% ../nbs/03_check.ipynb #345fb6e6
 import os
-import queue
 import signal
 import struct
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, TimeoutError
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +22,10 @@ import pandas as pd
 
 from .base import file_sha256, InputError, progress, read_table
 from .media import (
-    frame_hashes, iter_frames, measure_length, MediaError, probe, read_audio, read_frames, SR)
+    frame_hashes, iter_frames, measure_length, MediaError, probe, read_audio, read_frames, SR, write_video)
 from .data import merge_spans, near_duplicates, read_dataset
 
-# %% ../nbs/03_check.ipynb #88265e28
+# %% ../nbs/03_check.ipynb #868d3169
 CHECKS = dict(
     missing=('error', 'annotated, but there is no such file'),
     unreadable=('error', 'cannot be decoded'),
@@ -53,17 +48,19 @@ CHECKS = dict(
     no_target=('warning', 'the target field is empty'),
     empty_target_list=('warning', 'the target field holds []'),
     empty_transcript=('warning', 'transcribed as nothing'),
-)  # kind of finding → severity, words; the order of the report
+)  # kind of finding → severity, words
 MEDIA_KINDS = list(CHECKS)[:list(CHECKS).index('reversed')]  # those that need the files
 
 # %% ../nbs/03_check.ipynb #7bab32d7
-ANNOTATION_FILES = {'HateMM_annotation.csv': 'hatemm', 'train.tsv': 'mhc_en', 'annotations.csv': 'folder', 'annotations.jsonl': 'folder', 'annotations.tsv': 'folder'}
+ANNOTATION_FILES = {
+    'HateMM_annotation.csv': 'hatemm', 'train.tsv': 'mhc_en',
+    'annotations.csv': 'folder', 'annotations.jsonl': 'folder', 'annotations.tsv': 'folder'}
 
 
 def detect_dataset(
     data_dir: str | Path, # a data set's folder
 ) -> str: # a key of `data.READERS`
-    "Tell a data set by the name of its annotation file."
+    "Recognise a data set by the name of its annotation file."
     data_dir = Path(data_dir)
     if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; `hatemm fetch` or `hatemm demo` fills one")
     found = [name for file, name in ANNOTATION_FILES.items() if (data_dir/file).is_file()]
@@ -76,12 +73,14 @@ def span_faults(
     length: float | None = None, # seconds of video; None: not known
 ) -> list[tuple[str, str]]: # kind of finding, reason
     "Find what is wrong with the spans of one video."
-    faults = [('reversed', f"{s['start']:g} s to {s['end']:g} s") for s in spans if s['start'] > s['end']]
+    reverse = [s for s in spans if s['start'] > s['end']]
+    faults = [('reversed', f"{s['start']:g} s to {s['end']:g} s") for s in reverse]
     ended = 0.
     for start, end in sorted(sorted((s['start'], s['end'])) for s in spans):
+        span = f'{start:g} s to {end:g} s'
         if start < ended: faults.append(('overlapping', f'begins at {start:g} s, before another ends at {ended:g} s'))
-        if end - start < 1: faults.append(('short_span', f'{start:g} s to {end:g} s'))
-        if length is not None and end >= length + 1: faults.append(('outside', f'{start:g} s to {end:g} s of {length:.1f} s'))
+        if end - start < 1: faults.append(('short_span', span))
+        if length is not None and end >= length + 1: faults.append(('outside', f'{span} of {length:.1f} s'))
         ended = max(ended, end)
     return faults
 
@@ -92,8 +91,9 @@ def row_faults(
 ) -> list[tuple[str, str]]: # kind of finding, reason
     "Find what is wrong with one annotated video."
     faults = span_faults(video.spans, length)
-    if video.label_name == 'Hate' and not video.spans: faults.append(('hate_without_span', 'Hate'))
-    if video.label_name in ('Non Hate', 'Normal') and video.spans: faults.append(('span_without_hate', f'{video.label_name}, {len(video.spans)} spans'))
+    hate, benign = video.label_name == 'Hate', video.label_name in ('Non Hate', 'Normal')
+    if hate and not video.spans: faults.append(('hate_without_span', 'Hate'))
+    if benign and video.spans: faults.append(('span_without_hate', f'{video.label_name}, {len(video.spans)} spans'))
     if video.dataset == 'folder': return faults
     target = video.target_text.strip()
     if not target: faults.append(('no_target', f'{video.label_name}, no target'))
@@ -106,39 +106,31 @@ def count_annotations(
 ) -> dict: # rows, hate, non_hate (None where labels have other names), labels, targets, spans
     "Count an annotation file's rows by label and target."
     labels = videos.label_name.value_counts().to_dict()
-    named = {name: Counter(target for targets in rows.targets for target in targets) for name, rows in videos.groupby('label_name')}
+    named = {name: Counter(rows.targets.explode().dropna()) for name, rows in videos.groupby('label_name')}
     binary = set(labels) <= {'Hate', 'Non Hate'}
-    return dict(rows=len(videos), hate=labels.get('Hate', 0) if binary else None, non_hate=labels.get('Non Hate', 0) if binary else None, labels=labels,
-                targets=dict(sum(named.values(), Counter()).most_common()), targets_by_label={name: dict(c.most_common()) for name, c in named.items()},
-                spans=int(videos.spans.map(len).sum()), span_seconds=float(sum(s['end'] - s['start'] for spans in videos.spans for s in merge_spans(spans))))
+    hate, benign = (labels.get(name, 0) if binary else None for name in ('Hate', 'Non Hate'))
+    seconds = sum(s['end'] - s['start'] for spans in videos.spans for s in merge_spans(spans))
+    return dict(rows=len(videos), hate=hate, non_hate=benign, labels=labels,
+                targets=dict(sum(named.values(), Counter()).most_common()),
+                targets_by_label={name: dict(counts.most_common()) for name, counts in named.items()},
+                spans=int(videos.spans.map(len).sum()), span_seconds=float(seconds))
 
-# %% ../nbs/03_check.ipynb #0be56418
+# %% ../nbs/03_check.ipynb #c89eed5d
 AUDIO_SECONDS = 60.  # of sound, from the start, that `examine` decodes
 SILENCE = 1e-3  # largest sample of a track that counts as silent
-UNSEEN = dict(ok=False, reason='', frames=0,  # frames: how many were decoded
-              duration=0., length=0., width=0, height=0, has_video=False, has_audio=False,  # duration: s, as the file says; length: s, as its packets say
-              audio_seconds=0., audio_peak=0., audio_reason='', sha256='', hashes='')  # audio_reason: why its sound cannot be decoded; hashes: of the frames, hexadecimal
+UNSEEN = dict(
+    ok=False, reason='', frames=0,  # frames: how many were decoded
+    duration=0., length=0.,  # s, as the file says, and as its packets say
+    width=0, height=0, has_video=False, has_audio=False,
+    audio_seconds=0., audio_peak=0., audio_reason='',  # audio_reason: why its sound cannot be decoded
+    sha256='', hashes='')  # hashes: of the frames, hexadecimal
 
-# %% ../nbs/03_check.ipynb #1604ff52
-def examine(
-    path: str | Path, # a media file
-    n: int = 5, # frames, evenly spread
-    fps: float | None = None, # frames per second instead of `n`
-) -> dict: # the keys of UNSEEN
-    "Look into a media file and decode samples of it, in this process."
-    found = dict(UNSEEN)
-    try:
-        found.update({k: v for k, v in probe(path).items() if k in found}, sha256=file_sha256(path))
-        found.update(_sound(path) if found['has_audio'] else {}, length=_length(path))
-        if not found['has_video']: raise MediaError('holds no video, only audio')
-        if fps: found['frames'] = sum(len(times) for _, times in iter_frames(path, fps=fps))
-        else:
-            hashes = frame_hashes(path, n)
-            found.update(frames=len(hashes), hashes=np.packbits(hashes).tobytes().hex())
-        found['ok'] = True
-    except MediaError as e: found['reason'] = _short(e, path)
-    except Exception as e: found['reason'] = f'{type(e).__name__} while decoding: {_short(e, path)[:120]}'  # a broken file may raise anything
-    return found
+# %% ../nbs/03_check.ipynb #ea69df8b
+def _pictures(path, n, fps):
+    "How many frames can be decoded, and their hashes."
+    if fps: return dict(frames=sum(len(times) for _, times in iter_frames(path, fps=fps)))
+    hashes = frame_hashes(path, n)
+    return dict(frames=len(hashes), hashes=np.packbits(hashes).tobytes().hex())
 
 # %% ../nbs/03_check.ipynb #bf4ef33d
 def _short(error, path): return str(error).removeprefix(f'{path}: ').removesuffix('; fetch or export it again')
@@ -155,103 +147,111 @@ def _length(path):
     try: return measure_length(path)
     except (av.error.FFmpegError, ValueError, OverflowError): return 0.
 
-# %% ../nbs/03_check.ipynb #17204403
-def _serve(
-    timeout: float, # seconds, as the caller knows it
-    max_memory: float, # GiB
+# %% ../nbs/03_check.ipynb #1604ff52
+def examine(
+    path: str | Path, # a media file
+    n: int = 5, # frames, evenly spread
+    fps: float | None = None, # frames per second instead of `n`
+) -> dict: # the keys of UNSEEN
+    "Look into a media file and decode samples of it, in this process."
+    found = dict(UNSEEN)
+    try:
+        facts = probe(path)
+        found.update({k: v for k, v in facts.items() if k in found}, sha256=file_sha256(path))
+        if found['has_audio']: found.update(_sound(path))
+        found['length'] = _length(path)
+        if not found['has_video']: raise MediaError('holds no video, only audio')
+        found.update(_pictures(path, n, fps), ok=True)
+    except MediaError as e: found['reason'] = _short(e, path)
+    except Exception as e:  # a broken file may raise anything
+        found['reason'] = f'{type(e).__name__} while decoding: {_short(e, path)[:120]}'
+    return found
+
+# %% ../nbs/03_check.ipynb #1b91495a
+def _start_worker(
+    max_memory: float, # GiB that decoding may take
 ):
-    "Answer questions until there are no more: the worker's side of `SafeDecoder`."
-    answers = os.fdopen(os.dup(1), 'w', encoding='utf-8')  # what decoders print to standard output must not mix with it
-    os.dup2(2, 1)
-    for name in ('av', 'imagehash', 'decord'):  # before a file's time begins
+    "Get a process ready for files from anywhere."
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(quiet, stream)
+    for name in ('av', 'imagehash', 'decord'):
         try: __import__(name)
         except ImportError: continue
     _limit(max_memory)
-    print('ready', file=answers, flush=True)
-    for line in sys.stdin:
-        _alarm(int(timeout) + 10)  # should the caller be gone
-        print(json.dumps(examine(**json.loads(line))), file=answers, flush=True)
-        _alarm(0)
-
-# %% ../nbs/03_check.ipynb #a838f481
-def _alarm(seconds):
-    "Be ended by the system then; 0: not any more."
-    if hasattr(signal, 'alarm'): signal.alarm(seconds)
 
 # %% ../nbs/03_check.ipynb #1a146113
 def _limit(max_memory):
     try: import resource
     except ImportError: return  # Windows
+    import psutil
+    most = psutil.Process().memory_info().vms + int(max_memory*2**30)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try: resource.setrlimit(resource.RLIMIT_AS, (int(max_memory*2**30),)*2)
+    try: resource.setrlimit(resource.RLIMIT_AS, (most, most))
     except (ValueError, OSError): return  # macOS
 
-# %% ../nbs/03_check.ipynb #c7532b2b
-_SERVE = 'import sys, hatemm_clip.check as check; check._serve(*map(float, sys.argv[1:]))'
+# %% ../nbs/03_check.ipynb #d1e7a974
+def _with_alarm(function, item, timeout):
+    "Call it; should the caller be gone, the system ends the process."
+    alarm = getattr(signal, 'alarm', lambda seconds: None)  # Windows has none
+    alarm(int(timeout) + 10)
+    try: return function(item)
+    finally: alarm(0)
 
+# %% ../nbs/03_check.ipynb #427ffcb8
+def _outcome(call, timeout):
+    "The result of a call, and why there is none."
+    from pebble import ProcessExpired
+    try: return call.result(), ''
+    except TimeoutError: return None, f'not decoded after {timeout:g} s'
+    except ProcessExpired as e:
+        code = e.exitcode
+        how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
+        return None, f'crashed the decoder ({how})'
 
-class _Worker:
-    "A process that runs `_serve`."
-    def __init__(self, timeout, max_memory):
-        settings = dict(os.environ, MALLOC_ARENA_MAX='2', OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
-        self.process = subprocess.Popen([sys.executable, '-c', _SERVE, str(timeout), str(max_memory)], env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, encoding='utf-8')
-        if self.ask('', 120) != 'ready\n':
-            self.close()
-            raise RuntimeError(f'the decoding process did not start; see why with: {sys.executable} -c "import hatemm_clip.check"')
+# %% ../nbs/03_check.ipynb #4325fbcb
+def _open_pool(workers, max_memory):
+    from loky.backend import get_context
+    from pebble import ProcessPool
+    from hatemm_clip.check import _start_worker  # of the package: other processes know no cell of a notebook
+    return ProcessPool(workers, initializer=_start_worker, initargs=[max_memory], context=get_context('loky'))
 
-    def ask(self, question, limit):
-        "Its answer; nothing where it died, or was killed for taking too long."
-        alarm = threading.Timer(limit, self.process.kill)
-        alarm.start()
+# %% ../nbs/03_check.ipynb #e62ddc17
+def call_guarded(
+    function, # of one argument; another process must be able to import it
+    items: list, # its arguments
+    timeout: float = 30., # seconds a call
+    workers: int = 2, # processes
+    max_memory: float = 4., # GiB for each process, where the system can limit it
+) -> list[tuple]: # result and reason, one pair an item, in their order; what the function raises is raised
+    "Call a function where it may crash or stall: that is a result with a reason."
+    from hatemm_clip.check import _with_alarm
+    outcomes = []
+    for _ in range(3):
+        pool = _open_pool(max(1, min(workers, len(items))), max_memory)
         try:
-            if question: print(question, file=self.process.stdin, flush=True)
-            return self.process.stdout.readline()
-        except OSError: return ''
-        finally: alarm.cancel()
+            left = items[len(outcomes):]
+            calls = [pool.schedule(_with_alarm, [function, item, timeout], timeout=timeout) for item in left]
+            for call in progress(calls, desc='decode', unit='file'): outcomes.append(_outcome(call, timeout))
+            return outcomes
+        except BrokenExecutor as e: broken = e
+        finally:
+            pool.stop()
+            pool.join()
+    raise RuntimeError(f'the decoding processes did not start, or went away: {broken}') from broken
 
-    def close(self, patience=0.):
-        "Its exit code; `patience` is what a dying process gets, to tell how it died, s."
-        try: code = self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try: pipe.close()
-            except OSError: continue  # an unsent question
-        return signal.Signals(-code).name if code < 0 else f'exit code {code}'
-
-# %% ../nbs/03_check.ipynb #525877af
-class SafeDecoder:
-    "Decode in another process: a file that crashes or stalls it is a result with a reason."
-    def __init__(self,
-        timeout: float = 30., # seconds a file
-        max_memory: float = 4., # GiB of address space for the process, where the system can limit it
-    ): self.timeout, self.max_memory, self.worker = timeout, max_memory, None
-
-    def __call__(self,
-        path: str | Path, # a media file
-        **options, # `n` or `fps`, as for `examine`
-    ) -> dict: # as from `examine`, and the `seconds` that it took
-        "Examine one file; the next one after a crash gets a new process."
-        if self.worker is None or self.worker.process.poll() is not None:
-            self.close()
-            self.worker = _Worker(self.timeout, self.max_memory)
-        begin = time.monotonic()
-        answer = self.worker.ask(json.dumps(dict(path=str(path), **options)), self.timeout)
-        seconds = time.monotonic() - begin
-        if answer and seconds < self.timeout: return dict(json.loads(answer), seconds=seconds)
-        if seconds >= self.timeout: reason, _ = f'not decoded after {self.timeout:g} s', self.close()
-        else: reason = f'crashed the decoder ({self.close(5)})'
-        return dict(UNSEEN, reason=reason, seconds=seconds)
-
-    def close(self, patience=0.):
-        "End the process, if there is one."
-        worker, self.worker = self.worker, None
-        return worker.close(patience) if worker else ''
-
-    def __enter__(self): return self
-    def __exit__(self, *error): self.close()
+# %% ../nbs/03_check.ipynb #a61d848c
+def decode_all(
+    paths: list, # media files
+    timeout: float = 30., # seconds a file
+    workers: int = 2, # processes
+    max_memory: float = 4., # GiB for each process
+    **options, # `n` or `fps`, as for `examine`
+) -> list[dict]: # as from `examine`, one a path, in their order
+    "Examine many files where they can do no harm; never raises for a bad file."
+    from hatemm_clip import check
+    look = partial(check.examine, **options)
+    outcomes = call_guarded(look, [str(path) for path in paths], timeout, workers, max_memory)
+    return [found or dict(UNSEEN, reason=reason) for found, reason in outcomes]
 
 # %% ../nbs/03_check.ipynb #a1ba480f
 def decode_safely(
@@ -259,36 +259,15 @@ def decode_safely(
     timeout: float = 30., # seconds
     max_memory: float = 4., # GiB
     **options, # `n` or `fps`, as for `examine`
-) -> dict: # as from `examine`, and the `seconds` that it took; never raises for a bad file
+) -> dict: # as from `examine`
     "Examine one file where it can do no harm."
-    with SafeDecoder(timeout, max_memory) as decoder: return decoder(path, **options)
-
-# %% ../nbs/03_check.ipynb #a61d848c
-def decode_all(
-    paths: list, # media files
-    timeout: float = 30., # seconds a file
-    workers: int = 2, # processes
-    **options, # `n` or `fps`, as for `examine`
-) -> list[dict]: # as from `decode_safely`, one a path, in their order
-    "Examine many files where they can do no harm."
-    decoders = [SafeDecoder(timeout) for _ in range(max(1, min(workers, len(paths))))]
-    idle = queue.SimpleQueue()
-    for decoder in decoders: idle.put(decoder)
-
-    def decode(path):
-        decoder = idle.get()
-        try: return decoder(path, **options)
-        finally: idle.put(decoder)
-
-    pool = ThreadPoolExecutor(len(decoders))
-    try: return list(progress(pool.map(decode, paths), total=len(paths), desc='decode', unit='file'))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for decoder in decoders: decoder.close()
+    return decode_all([path], timeout, 1, max_memory, **options)[0]
 
 # %% ../nbs/03_check.ipynb #9d7b40fd
-_FIELDS = {'duration': [(b'mvhd', 16, '>I'), (b'mdhd', 16, '>I'), (b'tkhd', 20, '>I')], 'resolution': [(b'tkhd', 76, '>I'), (b'tkhd', 80, '>I'), (b'avc1', 24, '>H'), (b'avc1', 26, '>H')],
-           'index': [(b'stts', 8, '>I'), (b'stsz', 8, '>I'), (b'stco', 4, '>I'), (b'stsc', 12, '>I')]}  # box, offset after its name, format
+_FIELDS = dict(  # box, offset after its name, format
+    duration=[(b'mvhd', 16, '>I'), (b'mdhd', 16, '>I'), (b'tkhd', 20, '>I')],
+    resolution=[(b'tkhd', 76, '>I'), (b'tkhd', 80, '>I'), (b'avc1', 24, '>H'), (b'avc1', 26, '>H')],
+    index=[(b'stts', 8, '>I'), (b'stsz', 8, '>I'), (b'stco', 4, '>I'), (b'stsc', 12, '>I')])
 
 
 def _patch(data, what, rng):
@@ -342,17 +321,18 @@ def write_broken(
     seed: int = 0,
 ) -> list[dict]: # `kind`, `path`; the kinds take turns
     "Write broken media files, to test whatever reads media."
-    from hatemm_clip.media import write_video
-    out_dir, rng = Path(out_dir), np.random.default_rng(seed)
+    out_dir, rng, rows = Path(out_dir), np.random.default_rng(seed), []
     out_dir.mkdir(parents=True, exist_ok=True)
-    shots, sources = read_frames(sources[0], sampling='uniform', n=4)[0], [Path(s) for s in sources]
-    silent, sound = write_video(out_dir/'silent.tmp', shots, 4), write_video(out_dir/'sound.tmp', (), 4, read_audio(sources[0]), sr=16_000)
-    rows = []
+    sources = [Path(s) for s in sources]
+    shots, _ = read_frames(sources[0], sampling='uniform', n=4)
+    silent = write_video(out_dir/'silent.tmp', shots, 4)
+    sound = write_video(out_dir/'sound.tmp', (), 4, read_audio(sources[0]), sr=SR)
     for i in range(n):
         damages = _damages(rng, sources, silent, sound)
         kind = list(damages)[i % len(damages)]
-        rows.append(dict(kind=kind, path=out_dir/f"broken_{i}.{'wav' if kind == 'wrong extension' else 'mp4'}"))
-        rows[-1]['path'].write_bytes(damages[kind])
+        path = out_dir/f"broken_{i}.{'wav' if kind == 'wrong extension' else 'mp4'}"
+        path.write_bytes(damages[kind])
+        rows.append(dict(kind=kind, path=path))
     silent.unlink(), sound.unlink()
     return rows
 
@@ -363,15 +343,23 @@ def media_faults(
     "Find what is wrong with media files, one by one."
     faults = []
     for video_id, look in looks.items():
+        length, duration = look['length'], look['duration']
         if not look['ok']:
-            faults.append(('no_video' if look['has_audio'] and not look['has_video'] else 'unreadable', video_id, look['reason']))
+            sound_only = look['has_audio'] and not look['has_video']
+            faults.append(('no_video' if sound_only else 'unreadable', video_id, look['reason']))
             continue
-        if not look['has_audio']: faults.append(('no_audio', video_id, 'no sound track'))
-        elif look['audio_reason']: faults.append(('bad_audio', video_id, look['audio_reason']))
-        elif not look['audio_seconds']: faults.append(('no_audio', video_id, 'an empty sound track'))
-        elif look['audio_peak'] < SILENCE: faults.append(('silent', video_id, f"the first {look['audio_seconds']:.0f} s are silence"))
-        if look['length'] and abs(look['duration'] - look['length']) > 1 + .1*look['length']: faults.append(('wrong_length', video_id, f"says {look['duration']:.1f} s, holds {look['length']:.1f} s"))
+        if fault := _sound_fault(look): faults.append((fault[0], video_id, fault[1]))
+        if length and abs(duration - length) > 1 + .1*length:
+            faults.append(('wrong_length', video_id, f'says {duration:.1f} s, holds {length:.1f} s'))
     return faults
+
+# %% ../nbs/03_check.ipynb #e72480d2
+def _sound_fault(look):
+    "Kind and reason of what is wrong with the sound of a file; None: nothing."
+    if not look['has_audio']: return 'no_audio', 'no sound track'
+    if look['audio_reason']: return 'bad_audio', look['audio_reason']
+    if not look['audio_seconds']: return 'no_audio', 'an empty sound track'
+    if look['audio_peak'] < SILENCE: return 'silent', f"the first {look['audio_seconds']:.0f} s are silence"
 
 # %% ../nbs/03_check.ipynb #21bb25ef
 def duplicate_faults(
@@ -380,23 +368,30 @@ def duplicate_faults(
     max_bits: float = 5., # see `data.near_duplicates`
 ) -> list[tuple[str, str, str]]: # kind of finding, video_id, reason
     "Find videos that are there more than once."
-    faults, first = [], {}
-    named = lambda a, b: (b, f'like {a}' + (f': {labels[b]} and {labels[a]}' if labels[a] != labels[b] else ''))
+    faults, first, near = [], {}, {}
     for video_id, look in looks.items():
         if not look['ok']: continue
         original = first.setdefault(look['sha256'], video_id)
-        if original != video_id: faults.append(('duplicate' if labels[original] == labels[video_id] else 'conflicting', *named(original, video_id)))
+        if original != video_id: faults.append(_alike('duplicate', 'conflicting', original, video_id, labels))
     names = list(first.values())
-    hashes = [np.unpackbits(np.frombuffer(bytes.fromhex(looks[v]['hashes']), np.uint8)).reshape(-1, 64) for v in names]
-    near = {}
+    hashes = [_unpacked(looks[name]['hashes']) for name in names]
     for i, j in near_duplicates(np.stack(hashes), max_bits) if hashes else ():
-        a, b = names[i], names[j]
-        kind = 'near_duplicate' if labels[a] == labels[b] else 'near_conflicting'
-        near.setdefault((kind, b), (kind, *named(a, b)))  # the first that it is like
+        fault = _alike('near_duplicate', 'near_conflicting', names[i], names[j], labels)
+        near.setdefault(fault[:2], fault)  # the first that it is like
     return [*faults, *near.values()]
 
+# %% ../nbs/03_check.ipynb #e7785acb
+def _alike(kind, kind_of_conflict, original, copy, labels):
+    if labels[original] == labels[copy]: return kind, copy, f'like {original}'
+    return kind_of_conflict, copy, f'like {original}: {labels[copy]} and {labels[original]}'
+
+# %% ../nbs/03_check.ipynb #0adaf224
+def _unpacked(hashes): return np.unpackbits(np.frombuffer(bytes.fromhex(hashes), np.uint8)).reshape(-1, 64)
+
 # %% ../nbs/03_check.ipynb #93526050
-MEDIA_SUFFIXES = {'.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.flv', '.wmv', '.3gp', '.ts', '.ogv', '.mp3', '.wav', '.m4a', '.aac', '.flac', '.ogg'}
+MEDIA_SUFFIXES = {
+    '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.flv', '.wmv', '.3gp', '.ts', '.ogv',
+    '.mp3', '.wav', '.m4a', '.aac', '.flac', '.ogg'}
 
 
 def file_faults(
@@ -404,14 +399,54 @@ def file_faults(
 ) -> list[tuple[str, str, str]]: # kind of finding, video_id or file, reason
     "Find missing and surplus files."
     named = {Path(p) for p in videos.path}
-    short = lambda path: f'{path.parent.name}/{path.name}'
-    faults = [('missing', v.video_id, f'no file {short(Path(v.path))}') for v in videos.itertuples() if not Path(v.path).is_file()]
-    missing = {Path(v.path).stem for v in videos.itertuples() if not Path(v.path).is_file()}
+    gone = [(v.video_id, Path(v.path)) for v in videos.itertuples() if not Path(v.path).is_file()]
+    faults = [('missing', video_id, f'no file {path.parent.name}/{path.name}') for video_id, path in gone]
+    missing = {path.stem for _, path in gone}
     for folder in sorted({p.parent for p in named if p.parent.is_dir()}):
         for path in sorted(folder.iterdir()):
             if path in named or path.suffix.lower() not in MEDIA_SUFFIXES or not path.is_file(): continue
-            faults.append(('surplus', short(path), f'no row names it; {path.stem} is missing' if path.stem in missing else 'no row names it'))
+            reason = f'no row names it; {path.stem} is missing' if path.stem in missing else 'no row names it'
+            faults.append(('surplus', f'{folder.name}/{path.name}', reason))
     return faults
+
+# %% ../nbs/03_check.ipynb #9e9aa8a5
+def _report(name, data_dir, videos, looks, texts, faults):
+    "Put counts and findings together."
+    found = {kind: [dict(id=i, reason=reason) for k, i, reason in faults if k == kind] for kind in CHECKS}
+    count = {kind: len(rows) for kind, rows in found.items()}
+    problems = {kind: dict(severity=CHECKS[kind][0], count=count[kind], rows=rows)
+                for kind, rows in found.items() if rows}
+    errors, warnings = (sum(p['count'] for p in problems.values() if p['severity'] == severity)
+                        for severity in ('error', 'warning'))
+    return dict(
+        data_dir=str(data_dir), dataset=name, **count_annotations(videos),
+        reversed=count['reversed'], overlapping=count['overlapping'], short_spans=count['short_span'],
+        outside=None if looks is None else count['outside'],
+        no_target=count['no_target'], empty_target_list=count['empty_target_list'],
+        media=None if looks is None else _count_media(looks, count),
+        transcripts=None if texts is None else dict(rows=len(texts), empty=count['empty_transcript']),
+        errors=errors, warnings=warnings, problems=problems)
+
+# %% ../nbs/03_check.ipynb #d0192633
+def _count_media(looks, count):
+    good = [look for look in looks.values() if look['ok']]
+    return dict(files=len(looks), decoded=len(good), frames=sum(look['frames'] for look in good),
+                hours=sum(look['length'] for look in good)/3600, **{kind: count[kind] for kind in MEDIA_KINDS})
+
+# %% ../nbs/03_check.ipynb #965137aa
+def _read_transcripts(data_dir, path):
+    found = data_dir/'transcripts.parquet'
+    if path is None and not found.exists(): return None
+    path = path or found
+    table = read_table(path)
+    if {'clip_id', 'text'} <= set(table): return table
+    raise InputError(f"{path}: lacks the columns clip_id and text; it has {', '.join(table)}")
+
+# %% ../nbs/03_check.ipynb #0cc50969
+def _empty(texts):
+    "Ids of clips that were transcribed as nothing."
+    if texts is None: return []
+    return [clip.clip_id for clip in texts.itertuples() if not str(clip.text or '').strip()]
 
 # %% ../nbs/03_check.ipynb #ba062253
 def check_dataset(
@@ -421,45 +456,48 @@ def check_dataset(
     transcripts: str | Path | None = None, # a transcripts.parquet; None: the one in `data_dir`, if any
     timeout: float = 30., # seconds a file
     workers: int = 2, # processes
-) -> dict: # JSON-ready: counts; `problems`: kind → severity, count, rows of id and reason; `errors`, `warnings`: their numbers
+) -> dict: # JSON-ready: counts; `problems`: kind → severity, count, rows of id and reason; `errors`, `warnings`
     "Check a data set's annotations and media."
     data_dir = Path(data_dir)
     name = detect_dataset(data_dir) if dataset == 'auto' else dataset
     videos = read_dataset(name, data_dir)
-    heard = _read_transcripts(data_dir, transcripts)
-    present = [v for v in videos.itertuples() if media and Path(v.path).is_file()]
-    looks = dict(zip([v.video_id for v in present], decode_all([v.path for v in present], timeout, workers)))
-    faults = file_faults(videos) + media_faults(looks) + duplicate_faults(looks, dict(zip(videos.video_id, videos.label_name))) if media else []
-    for v in videos.itertuples(): faults += [(kind, v.video_id, reason) for kind, reason in row_faults(v, looks.get(v.video_id, UNSEEN)['length'] or None)]
-    if heard is not None: faults += [('empty_transcript', c.clip_id, 'no words') for c in heard.itertuples() if not str(c.text or '').strip()]
-    return _report(name, data_dir, videos, looks if media else None, heard, faults)
+    texts = _read_transcripts(data_dir, transcripts)
+    present = videos[[media and Path(path).is_file() for path in videos.path]]
+    looks = dict(zip(present.video_id, decode_all(list(present.path), timeout, workers)))
+    faults = []
+    if media: faults += file_faults(videos) + media_faults(looks)
+    if media: faults += duplicate_faults(looks, dict(zip(videos.video_id, videos.label_name)))
+    for v in videos.itertuples():
+        length = looks.get(v.video_id, UNSEEN)['length'] or None
+        faults += [(kind, v.video_id, reason) for kind, reason in row_faults(v, length)]
+    faults += [('empty_transcript', clip_id, 'no words') for clip_id in _empty(texts)]
+    return _report(name, data_dir, videos, looks if media else None, texts, faults)
 
-# %% ../nbs/03_check.ipynb #9e9aa8a5
-def _report(name, data_dir, videos, looks, heard, faults):
-    "Put counts and findings together."
-    found = {kind: [dict(id=i, reason=reason) for k, i, reason in faults if k == kind] for kind in CHECKS}
-    problems = {kind: dict(severity=CHECKS[kind][0], count=len(rows), rows=rows) for kind, rows in found.items() if rows}
-    total = lambda severity: sum(p['count'] for p in problems.values() if p['severity'] == severity)
-    spans = dict(reversed=len(found['reversed']), overlapping=len(found['overlapping']), short_spans=len(found['short_span']), outside=len(found['outside']) if looks is not None else None)
-    targets = dict(no_target=len(found['no_target']), empty_target_list=len(found['empty_target_list']))
-    return dict(data_dir=str(data_dir), dataset=name, **count_annotations(videos), **spans, **targets, media=_count_media(looks, found) if looks is not None else None,
-                transcripts=dict(rows=len(heard), empty=len(found['empty_transcript'])) if heard is not None else None,
-                errors=total('error'), warnings=total('warning'), problems=problems)
+# %% ../nbs/03_check.ipynb #498a851b
+def _annotation_lines(report):
+    listed = lambda counts: ', '.join(f'{name} {n:,}' for name, n in counts.items()) or 'none'
+    outside = '' if report['outside'] is None else f", {report['outside']} outside the video"
+    faults = f"{report['reversed']} reversed, {report['overlapping']} overlapping, {report['short_spans']} shorter than 1 s"
+    return [f"labels       {listed(report['labels'])}",
+            f"targets      {listed(report['targets'])}",
+            f"             {report['no_target']} empty, {report['empty_target_list']} hold []",
+            f"spans        {report['spans']:,}: {faults}{outside}"]
 
-# %% ../nbs/03_check.ipynb #d0192633
-def _count_media(looks, found):
-    counts = {kind: len(found[kind]) for kind in MEDIA_KINDS}
-    good = [look for look in looks.values() if look['ok']]
-    return dict(files=len(looks), decoded=len(good), frames=sum(look['frames'] for look in good), hours=sum(look['length'] for look in good)/3600, **counts)
+# %% ../nbs/03_check.ipynb #f4264589
+def _media_lines(media):
+    if media is None: return ['media        not looked at']
+    exact, near = (media[f'{kind}duplicate'] + media[f'{kind}conflicting'] for kind in ('', 'near_'))
+    lacking = f"{media['unreadable']} unreadable, {media['no_video']} without video, {media['no_audio']} without audio"
+    return [f"media        files {media['files']:,}: {media['decoded']:,} decoded ({media['hours']:.2f} h), {lacking}",
+            f"             {media['missing']:,} missing, {media['surplus']} surplus, {exact} exact and {near} near duplicates"]
 
-# %% ../nbs/03_check.ipynb #965137aa
-def _read_transcripts(data_dir, path):
-    found = data_dir/'transcripts.parquet'
-    if path is None and not found.exists(): return None
-    path = path or found
-    table = read_table(path)
-    if not {'clip_id', 'text'} <= set(table): raise InputError(f"{path}: lacks the columns clip_id and text; it has {', '.join(table)}")
-    return table
+# %% ../nbs/03_check.ipynb #746860a4
+def _problem_lines(kind, problem, first):
+    rows, more = problem['rows'][:first], problem['count'] - first
+    width = max(len(row['id']) for row in rows)
+    lines = [f"  {row['id']:{width}}  {row['reason']}" for row in rows]
+    if more > 0: lines.append(f'  … and {more:,} more')
+    return [f"{problem['severity']}: {problem['count']:,} {kind} ({CHECKS[kind][1]})", *lines]
 
 # %% ../nbs/03_check.ipynb #9de2a560
 def format_report(
@@ -467,25 +505,31 @@ def format_report(
     first: int = 5, # rows shown of each kind
 ) -> str: # lines for a terminal
     "Say a report in words."
-    listed = lambda counts: ', '.join(f'{name} {n:,}' for name, n in counts.items()) or 'none'
-    outside = '' if report['outside'] is None else f", {report['outside']} outside the video"
-    lines = [f"{report['data_dir']}: {report['rows']:,} videos, read as {report['dataset']}", f"labels       {listed(report['labels'])}", f"targets      {listed(report['targets'])}",
-             f"             {report['no_target']} empty, {report['empty_target_list']} hold []",
-             f"spans        {report['spans']:,}: {report['reversed']} reversed, {report['overlapping']} overlapping, {report['short_spans']} shorter than 1 s{outside}"]
-    lines += [*_media_lines(report['media'])]
-    if report['transcripts']: lines.append(f"transcripts  {report['transcripts']['rows']:,}: {report['transcripts']['empty']} empty")
-    for kind, problem in report['problems'].items():
-        lines += ['', f"{problem['severity']}: {problem['count']:,} {kind} ({CHECKS[kind][1]})"]
-        width = max(len(row['id']) for row in problem['rows'][:first])
-        lines += [f"  {row['id']:{width}}  {row['reason']}" for row in problem['rows'][:first]]
-        if problem['count'] > first: lines.append(f"  … and {problem['count'] - first:,} more")
-    return '\n'.join([*lines, '', f"errors: {report['errors']:,}, warnings: {report['warnings']:,}" if report['problems'] else 'nothing wrong'])
+    lines = [f"{report['data_dir']}: {report['rows']:,} videos, read as {report['dataset']}",
+             *_annotation_lines(report), *_media_lines(report['media'])]
+    if said := report['transcripts']: lines.append(f"transcripts  {said['rows']:,}: {said['empty']} empty")
+    for kind, problem in report['problems'].items(): lines += ['', *_problem_lines(kind, problem, first)]
+    counts = f"errors: {report['errors']:,}, warnings: {report['warnings']:,}"
+    return '\n'.join([*lines, '', counts if report['problems'] else 'nothing wrong'])
 
-# %% ../nbs/03_check.ipynb #f4264589
-def _media_lines(media):
-    if media is None: return ['media        not looked at']
-    line = f"media        files {media['files']:,}: {media['decoded']:,} decoded ({media['hours']:.2f} h), {media['unreadable']} unreadable, {media['no_video']} without video, {media['no_audio']} without audio"
-    return [line, f"             {media['missing']:,} missing, {media['surplus']} surplus, {media['duplicate'] + media['conflicting']} exact and {media['near_duplicate'] + media['near_conflicting']} near duplicates"]
+# %% ../nbs/03_check.ipynb #85470c2f
+def _plot_targets(report, ax):
+    import seaborn as sns
+    counts = report['targets_by_label'].items()
+    rows = [(target, n, label) for label, targets in counts for target, n in targets.items()]
+    targets = pd.DataFrame(rows, columns=['target', 'videos', 'label'])
+    sns.barplot(targets, x='videos', y='target', hue='label', order=list(report['targets']),
+                hue_order=sorted(report['labels']), dodge=False, ax=ax)
+    ax.set(ylabel='')
+
+# %% ../nbs/03_check.ipynb #69af70d6
+def _plot_findings(report, ax):
+    import seaborn as sns
+    rows = [(kind, p['count'], p['severity']) for kind, p in report['problems'].items()]
+    findings = pd.DataFrame(rows, columns=['finding', 'rows', 'severity'])
+    sns.barplot(findings, x='rows', y='finding', hue='severity', hue_order=['error', 'warning'],
+                palette=['tab:red', 'tab:orange'], dodge=False, ax=ax)
+    ax.set(ylabel='', xlabel='findings')
 
 # %% ../nbs/03_check.ipynb #c503e0e2
 def plot_report(
@@ -494,18 +538,14 @@ def plot_report(
     "Draw a report."
     import matplotlib.pyplot as plt
     import seaborn as sns
-    targets = pd.DataFrame([(t, n, label) for label, counts in report['targets_by_label'].items() for t, n in counts.items()], columns=['target', 'videos', 'label'])
-    findings = pd.DataFrame([(k, p['count'], p['severity']) for k, p in report['problems'].items()], columns=['finding', 'rows', 'severity'])
-    _, axes = plt.subplots(1, 2, figsize=(10, 1.2 + .3*max(len(report['targets']), len(findings))), layout='constrained')
-    sns.barplot(targets, x='videos', y='target', hue='label', order=list(report['targets']), hue_order=sorted(report['labels']), dodge=False, ax=axes[0])
-    axes[0].set(ylabel='')
-    if findings.empty:
+    bars = max(len(report['targets']), len(report['problems']))
+    _, axes = plt.subplots(1, 2, figsize=(10, 1.2 + .3*bars), layout='constrained')
+    _plot_targets(report, axes[0])
+    if report['problems']: _plot_findings(report, axes[1])
+    else:
         axes[1].text(.5, .5, 'nothing wrong', ha='center', va='center', fontsize=14)
         axes[1].set_axis_off()
-    else:
-        sns.barplot(findings, x='rows', y='finding', hue='severity', hue_order=['error', 'warning'], palette=['tab:red', 'tab:orange'], dodge=False, ax=axes[1])
-        axes[1].set(ylabel='', xlabel='findings')
-    for ax in axes[:2 - findings.empty]:
+    for ax in axes[:1 + bool(report['problems'])]:
         ax.xaxis.get_major_locator().set_params(integer=True)
         sns.move_legend(ax, 'lower center', bbox_to_anchor=(.5, 1), ncols=2, title=None, frameon=False)
     return axes
@@ -529,8 +569,8 @@ def leak_shares(
 ) -> np.ndarray: # `sibling_share` of each split, shape (n,)
     "Split snippets at random, each label evenly, again and again, and count what leaks."
     from sklearn.model_selection import StratifiedShuffleSplit
-    shares = []
-    for _, test in StratifiedShuffleSplit(n, test_size=test_size, random_state=seed).split(clips, clips.label):
+    shares, splitter = [], StratifiedShuffleSplit(n, test_size=test_size, random_state=seed)
+    for _, test in splitter.split(clips, clips.label):
         part = np.full(len(clips), 'train')
         part[test] = 'test'
         shares.append(sibling_share(clips, part))
@@ -544,10 +584,13 @@ def plot_leak(
     "Draw how much random snippet splits leak."
     import matplotlib.pyplot as plt
     import seaborn as sns
-    ax = sns.histplot(100*shares, bins=20, ax=ax or plt.subplots(figsize=(6, 3), layout='constrained')[1])
-    ax.axvline(100*shares.mean(), color='tab:red', label=f'mean {shares.mean():.0%}, standard deviation {100*shares.std():.0f} points')
+    ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
+    sns.histplot(100*shares, bins=20, ax=ax)
+    mean = f'mean {shares.mean():.0%}, standard deviation {100*shares.std():.0f} points'
+    ax.axvline(100*shares.mean(), color='tab:red', label=mean)
     ax.axvline(0, color='tab:green', linewidth=4, label='splits by group: none')
-    ax.set(xlabel='hateful test snippets with a sibling in train, %', ylabel='splits', xlim=(-2, 100), title=f'{len(shares)} random splits over snippets')
+    ax.set(xlabel='hateful test snippets with a sibling in train, %', ylabel='splits', xlim=(-2, 100),
+           title=f'{len(shares)} random splits over snippets')
     ax.set_ylim(0, 1.5*ax.get_ylim()[1])
     ax.legend(loc='upper right')
     return ax

@@ -7,10 +7,11 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from hatemm_clip import check
-from hatemm_clip.check import SafeDecoder, check_dataset, decode_all, decode_safely, detect_dataset, format_report, leak_shares, sibling_share, span_faults, write_broken
+from hatemm_clip.check import call_guarded, check_dataset, decode_all, decode_safely, detect_dataset, format_report, leak_shares, sibling_share, span_faults, write_broken
 from hatemm_clip.base import TRANSCRIPTS, InputError, write_table
 from hatemm_clip.data import leaky_snippet, make_windows, part_of_clips, read_dataset
 from hatemm_clip.media import write_video
@@ -57,29 +58,58 @@ def test_broken_files_decoded_frame_by_frame(tmp_path, sources):
     assert (results.ok == (results.frames > 0)).all() and (results.ok | results.reason.astype(bool)).all()
 
 
-@pytest.mark.parametrize('deed, words', [('import ctypes; ctypes.string_at(0)', 'SIGSEGV'), ('import os; os.abort()', 'SIGABRT'), ('import time; time.sleep(600)', 'not decoded after 2 s'), ('raise SystemExit(7)', 'exit code 7')])
-def test_worker_that_dies_or_hangs(sources, monkeypatch, deed, words):
-    monkeypatch.setattr(check, '_SERVE', f"print('ready', flush=True); input(); {deed}")
-    decoder = SafeDecoder(timeout=2)
+def test_worker_that_dies(sources):
+    "Each way to die has its reason, and the file after it is decoded as if nothing had been."
+    deaths = {"__import__('ctypes').string_at(0)": 'SIGSEGV', "__import__('os').abort()": 'SIGABRT', "__import__('os')._exit(7)": 'exit code 7'}
+    look = f"__import__('hatemm_clip.check').check.examine({str(sources[0])!r})"
+    calls = [look, *(call for deed in deaths for call in (deed, look))]
+    outcomes = call_guarded(eval, calls, timeout=60, workers=1)
+    assert [reason for _, reason in outcomes[1::2]] == [f'crashed the decoder ({how})' for how in deaths.values()]
+    assert all(look == outcomes[0] for look in outcomes[::2]) and outcomes[0][0]['ok'] and not outcomes[0][1]
+
+
+def test_worker_that_hangs():
     begin = time.monotonic()
-    result = decoder(sources[0])
-    assert time.monotonic() - begin < 60 and not result['ok'] and words in result['reason']
-    monkeypatch.undo()
-    decoder.timeout = 60
-    with decoder: assert decoder(sources[0])['ok'], 'the next file gets a new worker'
+    assert call_guarded(time.sleep, [600, 0], timeout=2, workers=1) == [(None, 'not decoded after 2 s'), (None, '')]
+    assert time.monotonic() - begin < 60
 
 
 def test_worker_killed_at_work(sources):
-    with SafeDecoder(timeout=60) as decoder:
-        decoder(sources[0])
-        threading.Timer(.05, decoder.worker.process.kill).start()
-        results = [decoder(sources[0]) for _ in range(20)]
+    killed, stop = [], threading.Event()
+    def kill():
+        while not stop.wait(.05) and not killed:
+            for child in psutil.Process().children(recursive=True):
+                if 'popen_loky' in ' '.join(child.cmdline()) and child.cpu_times().user > 2:
+                    child.kill()
+                    killed.append(child.pid)
+                    return
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try: results = decode_all([sources[0]]*300, timeout=60, workers=1)
+    finally:
+        stop.set()
+        thread.join()
     assert sum(not r['ok'] for r in results) <= 1 and results[-1]['ok']
 
 
 def test_worker_that_cannot_start(sources, monkeypatch):
-    monkeypatch.setattr(check, '_SERVE', 'import no_such_module')
+    monkeypatch.setattr(check, '_start_worker', ord)  # which takes no float
     with pytest.raises(RuntimeError, match='did not start'): decode_safely(sources[0])
+
+
+def test_results_keep_the_order_of_items():
+    waits = [.3, 0, .2, .1]
+    assert call_guarded(float, [str(w) for w in waits]) == [(w, '') for w in waits]
+    assert [r for _, r in call_guarded(time.sleep, [.5, 0, 0])] == ['']*3
+
+
+def test_workers_end_with_their_caller():
+    code = "import os, threading, time; from hatemm_clip.check import call_guarded\nthreading.Timer(15, lambda: os.kill(os.getpid(), 9)).start(); call_guarded(time.sleep, [600], timeout=20)"
+    script = subprocess.Popen([sys.executable, '-c', code])
+    time.sleep(12)
+    left = psutil.Process(script.pid).children(recursive=True)
+    assert left and script.wait(60) == -9
+    assert not psutil.wait_procs(left, timeout=60)[1]
 
 
 def test_works_from_a_script_without_a_main_guard(tmp_path, sources):
