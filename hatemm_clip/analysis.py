@@ -119,21 +119,27 @@ def write_metrics(
     write_json(path, metrics)
     return metrics
 
-# %% ../nbs/60_analysis.ipynb #5c5a9784
+# %% ../nbs/60_analysis.ipynb #30632b84
 _STYLE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
 <style>
  body {font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222}
- table {border-collapse: collapse; margin: 1em 0; font-size: 13px} th, td {padding: .35em .8em; border-bottom: 1px solid #ddd; text-align: left}
- th {border-bottom: 2px solid #666} .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(26em, 1fr)); gap: 1em} figure {margin: 0} .wide {grid-column: 1 / -1} img {max-width: 100%}
- figcaption {font-size: 13px; color: #555; max-width: 34em} .demo {background: #fff3cd; border-left: 5px solid #e0a800; padding: .7em 1em}
+ table {border-collapse: collapse; margin: 1em 0; font-size: 13px}
+ th, td {padding: .35em .8em; border-bottom: 1px solid #ddd; text-align: left}
+ th {border-bottom: 2px solid #666}
+ .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(26em, 1fr)); gap: 1em}
+ figure {margin: 0} .wide {grid-column: 1 / -1} img {max-width: 100%}
+ figcaption {font-size: 13px; color: #555; max-width: 34em}
+ .demo {background: #fff3cd; border-left: 5px solid #e0a800; padding: .7em 1em}
  @media print {figure, tr {break-inside: avoid}}
 </style></head><body>
 '''
 
-# %% ../nbs/60_analysis.ipynb #d1448996
+# %% ../nbs/60_analysis.ipynb #d33d516a
 _TABLES = '''<h1>{{ title }}</h1>
-{% if demo %}<p class="demo"><b>Demonstration.</b> These numbers come from generated data. They show that the pipeline works and say nothing about real videos.</p>{% endif %}
+{% if demo %}<p class="demo"><b>Demonstration.</b> These numbers come from generated data. They show
+that the pipeline works and say nothing about real videos.</p>{% endif %}
 {% if notes %}<p>{{ notes }}</p>{% endif %}
 <p>{{ facts }}</p>
 {% for heading, columns, rows, caption in tables %}
@@ -144,14 +150,18 @@ _TABLES = '''<h1>{{ title }}</h1>
 {% endfor %}
 '''
 
-# %% ../nbs/60_analysis.ipynb #bb122c2c
+# %% ../nbs/60_analysis.ipynb #5e543288
 _FIGURES = '''<h2>Figures</h2>
 <div class="figures">
-{% for heading, png, caption, wide in figures %}<figure{% if wide %} class="wide"{% endif %}><img alt="{{ heading }}" src="data:image/png;base64,{{ png }}"><figcaption>{{ caption }}</figcaption></figure>
+{% for heading, png, caption, wide in figures %}<figure{% if wide %} class="wide"{% endif %}>
+<img alt="{{ heading }}" src="data:image/png;base64,{{ png }}">
+<figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}</div>
 <h2>How to read this</h2>
-<p>Values are means over seeds of out-of-fold predictions on the {{ part }} part; ± is the standard deviation over seeds, and brackets are 95 % intervals from
-resampling whole videos. Decisions use each row's own threshold, .5 where none is given. A score is a reason for a person to look, and never by itself a reason to remove a video.</p>
+<p>Values are means over seeds of out-of-fold predictions on the {{ part }} part; ± is the
+standard deviation over seeds, and brackets are 95 % intervals from resampling whole videos. Decisions
+use each row's own threshold, .5 where none is given. A score is a reason for a person to look, and
+never by itself a reason to remove a video.</p>
 </body></html>
 '''
 
@@ -168,7 +178,7 @@ def _png(ax):
     plt.close(ax.figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/60_analysis.ipynb #4850c5bd
+# %% ../nbs/60_analysis.ipynb #32e21b74
 _MAX_DRAWN = 6
 
 
@@ -176,19 +186,22 @@ def _curves(drawn, part, positive):
     "Heading, Axes and caption of what is drawn for two classes."
     return [
         ('ROC', plot_roc(drawn, part=part), 'ROC curves, mean over seeds, with 95 % bands by video.'),
-        ('Precision–recall', plot_precision_recall(drawn, part=part), f'The grey line is the share of {positive} clips.'),
+        ('Precision–recall', plot_precision_recall(drawn, part=part),
+         f'The grey line is the share of {positive} clips.'),
         ('Reliability', plot_reliability(drawn, part=part),
          'Below the diagonal a model is too sure. Bars are 95 % intervals by video.'),
         ('Threshold and cost', plot_threshold_cost(drawn, part=part),
          'For looking only: the threshold in use (dot) was chosen elsewhere.'),
-        ('Selective prediction', plot_risk_coverage(drawn, part=part), 'Error rate when doubtful clips go to a person.')]
+        ('Selective prediction', plot_risk_coverage(drawn, part=part),
+         'Error rate when doubtful clips go to a person.')]
 
-# %% ../nbs/60_analysis.ipynb #28621b11
+# %% ../nbs/60_analysis.ipynb #85838d8d
 def _confusions(drawn, part, label_names):
     "Heading, Axes and caption of the confusion matrix of each run."
     caption = 'Mean count over seeds, and share of the true label.'
+    plot = lambda rows: plot_confusion(rows, label_names, part=part)
     groups = drawn.groupby(head_names(drawn), sort=False)
-    return [(f'Confusion matrix, {head}', plot_confusion(rows, label_names, part=part), caption) for head, rows in groups]
+    return [(f'Confusion matrix, {head}', plot(rows), caption) for head, rows in groups]
 
 # %% ../nbs/60_analysis.ipynb #baf4062c
 def _heat_map(rows, metric, part):
@@ -205,7 +218,8 @@ def _robustness_figures(cells):
     "Heading, Axes and caption of the figures of a robustness matrix."
     from hatemm_clip.robust import plot_gains
     matrix = ('AUROC of each training condition under each attack. Along a row: what an attack costs; '
-              'down a column: what training against it gives. Attacks touch hateful clips only, those named _both all clips.')
+              'down a column: what training against it gives. '
+              'Attacks touch hateful clips only, those named _both all clips.')
     gains = ('Differences from the control, which trained on as many rows of the same clips, clean. '
              'Bars are paired 95 % intervals by video.')
     return [('Robustness', plot_matrix(cells), matrix),
@@ -291,27 +305,31 @@ def write_report(
         title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, positive),
         tables=tables, figures=_report_figures(predictions, positive, part, cells)))
 
-# %% ../nbs/60_analysis.ipynb #c3797344
+# %% ../nbs/60_analysis.ipynb #38e647e3
 _PURPOSE = '''# {{ title }}
 
 {% if demo %}
-> **Demonstration model**, trained on generated clips about invented groups. Its numbers say nothing about real videos.
+> **Demonstration model**, trained on generated clips about invented groups.
+> Its numbers say nothing about real videos.
 
 {% endif %}
 ## What it does
 
-Gives a short video the probability that it is {{ positive }}, from the modalities it was trained on. At or above the threshold the video is worth a person's look.
+Gives a short video the probability that it is {{ positive }}, from the modalities it was trained on.
+At or above the threshold the video is worth a person's look.
 
 ## What it is not for
 
-- **No automatic removal.** No video may be removed, demonetised, down-ranked or reported, and no account sanctioned, because of this score alone. A person decides, with the whole video, its context and a way to appeal.
+- **No automatic removal.** No video may be removed, demonetised, down-ranked or reported, and
+  no account sanctioned, because of this score alone. A person decides, with the whole video, its context
+  and a way to appeal.
 - No judgement of people: it scores clips, not speakers, uploaders or groups.
 - No languages, platforms, times or kinds of hate beyond its training data without measuring again.
 - Not for finding or making hateful content, nor for testing which wording slips through.
 
 '''
 
-# %% ../nbs/60_analysis.ipynb #557e1936
+# %% ../nbs/60_analysis.ipynb #e1af82cd
 _QUALITY = '''## How well it works
 
 {{ facts }} Mean ± sd over seeds [95 % interval by video]; undefined values say so.
@@ -326,10 +344,12 @@ _QUALITY = '''## How well it works
 {% endif %}
 ## Limits
 
-- Errors are not spread evenly: counter-speech, reclaimed words, quotation and news look alike to it. See the error lists by target group before use.
+- Errors are not spread evenly: counter-speech, reclaimed words, quotation and news look alike to it.
+  See the error lists by target group before use.
 - Labels are opinions of annotators; some clips have no right answer.
 - Swapping or masking one modality can hide hate from it. The robustness table says by how much, where one was made.
-- A probability holds for a share of {{ positive }} clips like that of its data. On a platform hate is rarer, so more alarms are false.
+- A probability holds for a share of {{ positive }} clips like that of its data.
+  On a platform hate is rarer, so more alarms are false.
 
 {% if notes %}
 ## Notes
@@ -373,13 +393,13 @@ def _splits_note(run):
 # %% ../nbs/60_analysis.ipynb #f44896e1
 def _is_demo(run): return run.clips.exists() and bool((read_table(run.clips).dataset == 'demo').all())
 
-# %% ../nbs/60_analysis.ipynb #90b2b76c
+# %% ../nbs/60_analysis.ipynb #fd134aac
 def _of_bundle(predictions, config, bundle):
     "Predictions of the run that a bundle belongs to."
     name = f"{config['head']}:{'+'.join(sorted(config['modalities']))}"
-    mine = predictions[predictions.run == name]
+    mine, head = predictions[predictions.run == name], config['head']
     if len(mine): return mine
-    raise InputError(f"{bundle}: a bundle of {config['head']}, which is not among the predictions; run 40_fusion again")
+    raise InputError(f'{bundle}: a bundle of {head}, which is not among the predictions; run 40_fusion again')
 
 # %% ../nbs/60_analysis.ipynb #f18790e4
 def report_run(
