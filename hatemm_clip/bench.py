@@ -34,7 +34,8 @@ from .scenes import draw_scene, Scene
 from .demo import demo_sounds
 from .metrics import binary_metrics
 from .compare import paired_difference
-from .speech import find_openai_model, load_asr, word_error_rate
+from .speech import find_openai_model, load_asr
+from .wer import word_error_rate
 from .features import pack_rows, Features, make_features, open_store
 from hatemm_clip.encoders import (
     fill_batch, encode_frames, encode_tokens, load_encoder, pick_device, preprocess_frames, text_windows,
