@@ -43,8 +43,8 @@ from hatemm_clip.encoders import (
 from .batching import embed_images, embed_items
 from .tuning import ClipData, FinetuneConfig
 from .training import load_base, peak_memory_mb, open_session, train_epoch, memory_advice
-from .heads import one_thread, pool_features
-from .members import Member, predict_members, Rows, train_members
+from .heads import pool_features
+from .members import Member, one_thread, predict_members, ClipTensors, train_members
 from .classifier import softmax, FusionClassifier
 
 # %% ../nbs/93_bench.ipynb #77c1f7ae
@@ -660,7 +660,7 @@ def _train_at_once(task, seeds):
     "The same files and epochs, all seeds as one; P(label 1) of the test part, (seeds, n)."
     clips, rows = [np.load(task.folder/f'{i}.npy') for i in range(len(task.labels))], np.arange(len(task.labels))
     arrays, masks = _padded([c[:-1] for c in clips], [c[-1:] for c in clips])
-    data = Rows(pool_features(Features(rows, task.labels, arrays, masks, video_ids=rows)))
+    data = ClipTensors(pool_features(Features(rows, task.labels, arrays, masks, video_ids=rows)))
     config = FusionClassifier(epochs=task.epochs, patience=task.epochs, batch_size=128)
     plan = [Member(task.train, np.arange(0), s, lr=2e-3) for s in range(seeds)]
     members = train_members(data, task.labels, plan, config)

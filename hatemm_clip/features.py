@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'store_schema', 'FeatureStore', 'is_store', 'store_precision', 'open_store', 'pack_rows', 'Features',
-           'read_features', 'sort_modalities', 'make_features', 'deal_folds', 'check_features', 'check_training',
-           'features_info', 'format_info', 'export_features', 'tfidf_features']
+           'read_features', 'parse_set', 'sort_modalities', 'make_features', 'deal_folds', 'check_features',
+           'check_training', 'features_info', 'format_info', 'export_features', 'tfidf_features']
 
 # %% ../nbs/16_features.ipynb #18541861
 import dataclasses
@@ -310,13 +310,20 @@ def read_features(
     path = _features_path(path)
     return _read_npz(path) if path.suffix == '.npz' else _read_store(path, all_folds)
 
+# %% ../nbs/16_features.ipynb #a6e633c8
+def parse_set(
+    modalities, # such as 'image+text', or their names
+) -> list: # names, sorted
+    "Read a set of modalities."
+    return sorted(modalities.split('+') if isinstance(modalities, str) else modalities)
+
 # %% ../nbs/16_features.ipynb #58b00825
 def sort_modalities(
     features: Features, # any modalities
-    names=None, # those to keep: 'image+text' or a list; None: all
+    names=None, # the set to keep; None: all
 ) -> Features: # with `names` only, sorted
     "Keep some modalities, in the order of the alphabet."
-    names = sorted(features.arrays if names is None else names.split('+') if isinstance(names, str) else names)
+    names = parse_set(features.arrays if names is None else names)
     kept = features.only(names)
     return dataclasses.replace(kept, arrays={m: kept.arrays[m] for m in names}, masks={m: kept.masks[m] for m in names})
 

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hatemm_clip import attacks as at
+from hatemm_clip import corruption as co
 from hatemm_clip import robust as ro
 from hatemm_clip.base import InputError, read_table
 from hatemm_clip.features import read_features
@@ -29,11 +31,11 @@ def all_tokens(features, rows):
     return [[features.arrays[m][i][features.masks[m][i]].tobytes() for i in np.flatnonzero(rows)] for m in features.arrays]
 
 
-@pytest.mark.parametrize('donor', ro.DONORS)
+@pytest.mark.parametrize('donor', co.DONORS)
 def test_a_donor_keeps_the_rules(data, donor):
-    donors = ro.draw_donors(data, 'text', donor, seed=3)
-    assert np.array_equal(donors, ro.draw_donors(data, 'text', donor, seed=3))
-    assert not np.array_equal(donors, ro.draw_donors(data, 'text', donor, seed=4))
+    donors = co.draw_donors(data, 'text', donor, seed=3)
+    assert np.array_equal(donors, co.draw_donors(data, 'text', donor, seed=3))
+    assert not np.array_equal(donors, co.draw_donors(data, 'text', donor, seed=4))
     for parts, row in zip(data.split, donors):
         touched = row != np.arange(len(data))
         assert np.array_equal(touched, data.labels == 1)
@@ -49,7 +51,7 @@ def test_a_donor_has_the_modality_and_brings_something_new(data):
     array = data.arrays['text'].copy()
     array[1::3] = array[1]
     features = dataclasses.replace(data, masks={**data.masks, 'text': mask | (np.arange(160) % 3 == 1)[:, None]}, arrays={**data.arrays, 'text': array})
-    donors = ro.draw_donors(features, 'text')
+    donors = co.draw_donors(features, 'text')
     present = features.masks['text'].any(1)
     for row in donors:
         touched = row != np.arange(160)
@@ -58,65 +60,65 @@ def test_a_donor_has_the_modality_and_brings_something_new(data):
         assert not any(same)
 
 
-@pytest.mark.parametrize('kind', ro.KINDS)
+@pytest.mark.parametrize('kind', co.KINDS)
 def test_benign_clips_are_byte_identical_and_severity_0_is_the_identity(data, kind):
-    donors, benign = ro.draw_donors(data, 'image')[0], data.labels == 0
+    donors, benign = co.draw_donors(data, 'image')[0], data.labels == 0
     everyone, before = np.ones(len(data), bool), all_tokens(data, np.ones(len(data), bool))
     changed = np.zeros(len(data), int)
     for severity in range(6):
-        spoilt = ro.corrupt(data, ro.Corruption(kind, 'image', severity), donors)
+        spoilt = co.corrupt(data, co.Corruption(kind, 'image', severity), donors)
         assert all_tokens(spoilt, benign) == all_tokens(data, benign)
         assert spoilt.arrays['text'] is data.arrays['text'] and np.array_equal(spoilt.labels, data.labels)
         assert (all_tokens(spoilt, everyone) == before) == (severity == 0)
         now = np.array([a != b for a, b in zip(all_tokens(spoilt, everyone)[0], before[0])])
         assert (now | ~(changed > 0)).all()  # what a lower severity touches, a higher one touches, too
         changed += now
-        again = ro.corrupt(data, ro.Corruption(kind, 'image', severity), donors)
+        again = co.corrupt(data, co.Corruption(kind, 'image', severity), donors)
         assert all_tokens(again, everyone) == all_tokens(spoilt, everyone)
     assert all_tokens(data, everyone) == before  # the given features are left alone
     assert np.array_equal(changed > 0, data.labels == 1)
 
 
 def test_swapping_back_restores(data):
-    donors = ro.draw_donors(data, 'text')[1]
-    swapped = ro.swap_modality(data, 'text', donors)
-    back = ro.swap_modality(swapped, 'text', np.arange(len(data)), source=data)
+    donors = co.draw_donors(data, 'text')[1]
+    swapped = co.swap_modality(data, 'text', donors)
+    back = co.swap_modality(swapped, 'text', np.arange(len(data)), source=data)
     assert np.array_equal(back.arrays['text'], data.arrays['text']) and np.array_equal(back.masks['text'], data.masks['text'])
 
 
 def test_a_corruption_does_not_depend_on_the_other_clips(data):
     some = np.arange(20, 60)
     for kind in ('mask', 'drop'):
-        whole, part = (ro.corrupt(f, ro.Corruption(kind, 'image', 3)).masks['image'] for f in (data, data[some]))
+        whole, part = (co.corrupt(f, co.Corruption(kind, 'image', 3)).masks['image'] for f in (data, data[some]))
         assert np.array_equal(whole[some], part)
 
 
 def test_unit_vectors_stay_unit_vectors(data):
     unit = dataclasses.replace(data, arrays={m: a / np.maximum(np.linalg.norm(a, axis=2, keepdims=True), 1e-9) for m, a in data.arrays.items()})
-    noisy = ro.corrupt(unit, ro.Corruption('noise', 'image', 4))
+    noisy = co.corrupt(unit, co.Corruption('noise', 'image', 4))
     lengths = np.linalg.norm(noisy.arrays['image'][noisy.masks['image']], axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', [*ro.TEXT_ATTACKS])
+@pytest.mark.parametrize('name', [*at.TEXT_ATTACKS])
 def test_attacks_on_words(name):
     said = 'We must drive the blue hats away from the harbour today, they do not belong in our town.'
-    attack = lambda severity, seed=0: ro.corrupt_text(name, said, severity, seed, keywords=['hats', 'town', 'harbour'])
+    attack = lambda severity, seed=0: at.corrupt_text(name, said, severity, seed, keywords=['hats', 'town', 'harbour'])
     assert attack(0) == said and attack(5) != said and attack(5) == attack(5)
-    assert ro.corrupt_text(name, '', 5) == ''
+    assert at.corrupt_text(name, '', 5) == ''
 
 
 def test_attacks_on_frames_keep_shape_and_type():
     frames = np.random.default_rng(0).integers(0, 255, (3, 61, 83, 3)).astype(np.uint8)
-    for kind in ro.IMAGE_ATTACKS:
+    for kind in at.IMAGE_ATTACKS:
         for severity in (1, 5):
-            spoilt = ro.corrupt_frames(kind, frames, severity)
+            spoilt = at.corrupt_frames(kind, frames, severity)
             assert spoilt.shape == frames.shape and spoilt.dtype == np.uint8 and not np.array_equal(spoilt, frames)
 
 
 def test_silence_stays_silence():
-    assert not ro.noisy_audio(np.zeros(100, np.float32), 5).any()
-    assert ro.noisy_audio(np.zeros(0, np.float32), 5).size == 0
+    assert not at.noisy_audio(np.zeros(100, np.float32), 5).any()
+    assert at.noisy_audio(np.zeros(0, np.float32), 5).size == 0
 
 
 def test_equal_budget(data):
@@ -133,7 +135,7 @@ def test_equal_budget(data):
 
 @pytest.fixture(scope='module')
 def predictions(data):
-    return ro.run_matrix(data, ['swap_text', 'mask_mixed', 'swap_text_warm'], ['swap_text', 'swap_text_both', 'mask_text', 'mask_text_both'], seeds=2, epochs=20)
+    return ro.run_matrix(ro.plan_matrix(data, ro.MatrixSettings(['swap_text', 'mask_mixed', 'swap_text_warm'], ['swap_text', 'swap_text_both', 'mask_text', 'mask_text_both'], seeds=2, params=dict(epochs=20))))
 
 
 def test_cells_are_those_of_the_metrics(predictions):
@@ -173,7 +175,7 @@ def test_the_worst_case_and_the_choice(predictions):
 
 def test_the_stage_writes_what_it_says(data, tmp_path):
     np.savez(tmp_path/'f.npz', ids=data.ids, labels=data.labels, split=data.split, groups=data.groups, text=data.arrays['text'][:, 0], image=data.arrays['image'][:, 0])
-    predictions, cells = ro.run_robust(tmp_path/'f.npz', tmp_path/'robust.parquet', ['swap_mixed'], ['swap_text', 'swap_image_any'], seeds=2, epochs=4)
+    predictions, cells = ro.run_robust(tmp_path/'f.npz', tmp_path/'robust.parquet', ro.MatrixSettings(['swap_mixed'], ['swap_text', 'swap_image_any'], seeds=2, params=dict(epochs=4)))
     assert read_table(tmp_path/'robust.parquet').drop(columns='fold').equals(predictions.drop(columns='fold').astype(read_table(tmp_path/'robust.parquet').drop(columns='fold').dtypes))
     written = json.loads((tmp_path/'robust.json').read_text())
     assert set(written) == {'cells'} and written['cells'] == cells and all(KEYS <= set(c) for c in cells)
@@ -187,9 +189,9 @@ def test_the_stage_writes_what_it_says(data, tmp_path):
 
 
 def test_mistakes_are_told(data):
-    with pytest.raises(InputError, match="condition 'swap_smell' is unknown"): ro.run_matrix(data, test=['swap_smell'])
-    with pytest.raises(InputError, match='expected one of'): ro.parse_attack('melt@2')
-    with pytest.raises(InputError, match='severity from @0'): ro.parse_attack('blur@9')
+    with pytest.raises(InputError, match="condition 'swap_smell' is unknown"): ro.plan_matrix(data, ro.MatrixSettings(test=['swap_smell']))
+    with pytest.raises(InputError, match='expected one of'): at.parse_attack('melt@2')
+    with pytest.raises(InputError, match='severity from @0'): at.parse_attack('blur@9')
     with pytest.raises(InputError, match='no row of part'): ro.matrix_cells(pd.DataFrame(dict(part=['test'], run=['a'])), 'val')
 
 
@@ -197,10 +199,10 @@ def test_hatemm_worst_case(shared):
     "Training on swapped text gives back .05 or more of the worst case, beyond the control, and its check agrees."
     path = shared/'data/hatemm/hatemm_bert_mfcc.npz'
     features = read_features(path)
-    donors = ro.draw_donors(features, 'bert')
+    donors = co.draw_donors(features, 'bert')
     for parts, row in zip(features.split, donors):
         assert np.array_equal(parts[row], parts) and np.array_equal(row != np.arange(len(row)), features.labels == 1)
-    predictions, cells = ro.run_robust(path, None, ['swap_bert'], ['swap_bert', 'swap_mfcc', 'swap_bert_both'], seeds=1, epochs=25)
+    predictions, cells = ro.run_robust(path, None, ro.MatrixSettings(['swap_bert'], ['swap_bert', 'swap_mfcc', 'swap_bert_both'], seeds=1, params=dict(epochs=25)))
     assert ro.choose_training(predictions) == 'swap_bert'
     row = ro.worst_case(predictions).loc['swap_bert']
     assert row.worst_vs_normal > .05 and row.worst_vs_control_low > 0 and row.clean_vs_control > -.02
