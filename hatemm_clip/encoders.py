@@ -65,23 +65,6 @@ class Encoder:
                     preprocess=self.preprocess, precision=self.precision)
         return made | (dict(checkpoint=self.checkpoint) if self.checkpoint else {})
 
-# %% ../nbs/18_encoders.ipynb #49967785
-def load_encoder(
-    name: str = TINY, # an architecture of `open_clip.list_models()`, or a folder that 30_finetune wrote
-    pretrained: str = 'demo', # one of its tags, or a checkpoint file; '' for random weights; a fine-tuned folder knows its own
-    device: str = 'auto',
-) -> Encoder: # in float32
-    "Load a CLIP model with its preprocessing and tokenizer."
-    if (Path(name)/'config.json').is_file(): return _load_finetuned(Path(name), device)
-    _check_name(name, pretrained)
-    import open_clip
-    with _quiet():
-        try: model = open_clip.create_model(name, pretrained=pretrained or None, device=pick_device(device))
-        except Exception as e:
-            raise InputError(f'{name}/{pretrained} cannot be loaded ({first_line(e)}); '
-                             f'with no network, use --encoder {TINY} or give a checkpoint file') from e
-    return _as_encoder(model, name, pretrained, pick_device(device))
-
 # %% ../nbs/18_encoders.ipynb #fc0a6b35
 def _check_name(name, pretrained):
     "Stop at a model that open_clip does not know, or weights that are nowhere."
@@ -116,6 +99,23 @@ def _as_encoder(model, name, pretrained, device):
         model=model.eval(), tokenizer=open_clip.get_tokenizer(name), name=name, pretrained=pretrained,
         preprocess=preprocess, dim=config['embed_dim'], context_length=config['text_cfg'].get('context_length', 77),
         device=device, weights_sha256=_weights_sha256(model))
+
+# %% ../nbs/18_encoders.ipynb #49967785
+def load_encoder(
+    name: str = TINY, # an architecture of `open_clip.list_models()`, or a folder that 30_finetune wrote
+    pretrained: str = 'demo', # one of its tags, or a checkpoint file; '' for random weights; a fine-tuned folder knows its own
+    device: str = 'auto',
+) -> Encoder: # in float32
+    "Load a CLIP model with its preprocessing and tokenizer."
+    if (Path(name)/'config.json').is_file(): return _load_finetuned(Path(name), device)
+    _check_name(name, pretrained)
+    import open_clip
+    with _quiet():
+        try: model = open_clip.create_model(name, pretrained=pretrained or None, device=pick_device(device))
+        except Exception as e:
+            raise InputError(f'{name}/{pretrained} cannot be loaded ({first_line(e)}); '
+                             f'with no network, use --encoder {TINY} or give a checkpoint file') from e
+    return _as_encoder(model, name, pretrained, pick_device(device))
 
 # %% ../nbs/18_encoders.ipynb #c5caefd1
 FINETUNED = 'hatemm_clip.finetune'  # `kind` in config.json
