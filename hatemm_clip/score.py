@@ -15,7 +15,7 @@ from .base import InputError, progress
 from .media import MediaError, probe, read_audio
 from .speech import asr_of
 from .features import Features
-from .encoders import encode_texts, encoder_of, load_audio, text_windows
+from .encoders import encode_texts, encoder_of, load_audio_encoder, text_windows
 from .batching import embed_images
 from .classifier import explain, load_bundle
 
@@ -50,7 +50,7 @@ class Scorer:
         try: self.encoder = encoder_of(dict(made, encoder=str(own)) if own.is_dir() else made, device)
         except InputError as e: raise InputError(f"{bundle}: {e}") from None
         self.asr = asr_of(made['asr'], device)
-        self.sound, _, heard = load_audio(*made['audio'].split()) if 'audio' in self.model.dims_ else (None, 0, {})
+        self.sound, _, heard = load_audio_encoder(*made['audio'].split()) if 'audio' in self.model.dims_ else (None, 0, {})
         if heard.get('audio_sha256', '') != made.get('audio_sha256', '') and self.sound:
             raise InputError(f"{bundle}: was trained with other weights of {made['audio']} than those installed; train the bundle again")
 
