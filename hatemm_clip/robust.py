@@ -248,7 +248,7 @@ class _Calibrated:
 def _calibrate(probs, labels, videos, clean):
     "Calibrate on clean validation clips; `clean` is their place among the test conditions."
     two = lambda p: np.stack([1 - p, p], axis=1)
-    chosen = [choose_calibration(labels, two(p[clean]), videos) for p in probs['val']]
+    chosen = [choose_calibration(labels, two(p[clean]), videos)[:2] for p in probs['val']]
     temperature, threshold = map(np.array, zip(*chosen))
     scale = lambda p, t: apply_temperature(p.ravel(), t).reshape(p.shape)
     scaled = {part: np.stack([scale(*pair) for pair in zip(ps, temperature)]) for part, ps in probs.items()}
