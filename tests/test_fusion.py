@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ import torch.nn.functional as F
 
 from hatemm_clip.base import InputError
 from hatemm_clip.features import read_features
-from hatemm_clip.heads import HEADS, fitting_heads, make_head, pool_features
-from hatemm_clip.fusion import REFERENCES, best_head, blend_runs, choose_runs, combine_heads, compare_protocols, crossval, crossval_folds, cut_clips, run_name, val_losses, with_protocol
+from hatemm_clip.heads import HEADS, LEFT_OUT, fitting_heads, make_head, pool_features
+from hatemm_clip.fusion import REFERENCES, best_head, blend_runs, choose_runs, combine_heads, compare_protocols, crossval, crossval_folds, cut_clips, modality_sets, run_name, val_losses, with_protocol
 from hatemm_clip.classifier import FusionClassifier, explain, load_bundle, save_bundle
-from hatemm_clip.members import Member, Rows, predict_members, take_members, train_members
+from hatemm_clip.members import ClipTensors, Member, TrainSettings, predict_members, take_members, train_members
 from hatemm_clip.compare import accuracy_by, compare_heads, plot_heads
 from hatemm_clip.bench import bench_fusion
 from hatemm_clip.features import make_features, tfidf_features
@@ -72,22 +73,21 @@ def test_bundle_and_explanation(models, data, name, tmp_path):
     np.testing.assert_array_equal(loaded.predict_proba(data), model.predict_proba(data))
     why = explain(loaded, data[[0]])
     assert why['base'] + sum(why['modalities'].values()) == pytest.approx(why['prob'], abs=1e-9)
-    if hasattr(HEADS[name], 'left_out'): assert why['modalities'].get(HEADS[name].left_out, 0) == pytest.approx(0, abs=1e-9)
+    if name in LEFT_OUT: assert why['modalities'].get(LEFT_OUT[name], 0) == pytest.approx(0, abs=1e-9)
 
 
-class Config:
-    head, hidden, dropout, epochs, patience, batch_size, mixup, label_smoothing, class_weight, seed = 'BinaryClassifier', 8, 0., 4, 2, 8, .4, .1, 'balanced', 0
+SETTINGS = TrainSettings(hidden=8, dropout=0., epochs=4, patience=2, batch_size=8, mixup=.4, label_smoothing=.1)
 
 
 @names
 def test_batched_is_one_by_one(data, name, monkeypatch):
     "K folds x S seeds at once are the same networks as one at a time, but for the dropout, which they draw in common."
-    class Setting(Config): head = name
-    monkeypatch.setattr('hatemm_clip.fusion.MODALITY_DROPOUT', 0.)
-    rows = Rows(HEADS[name].prepare(without_text(data, [2, 5, 40])))
+    settings = dataclasses.replace(SETTINGS, head=name)
+    monkeypatch.setattr('hatemm_clip.heads._MODALITY_DROPOUT', 0.)
+    rows = ClipTensors(HEADS[name].prepare(without_text(data, [2, 5, 40])))
     parts = [{p: np.flatnonzero(s == p) for p in ('train', 'val', 'test')} for s in data.split[:2]]
     members = [Member(f['train'][:35 - 9 * k], f['val'][:9 + k], s, k, lr=1e-3 * (k + 1)) for k, f in enumerate(parts) for s in (0, 1)]
-    together, alone = train_members(rows, data.labels, members, Setting), [train_members(rows, data.labels, [m], Setting) for m in members]
+    together, alone = train_members(rows, data.labels, members, settings), [train_members(rows, data.labels, [m], settings) for m in members]
     np.testing.assert_array_equal(together.epoch, [a.epoch[0] for a in alone])
     test = np.stack([parts[m.fold]['test'][:11] for m in members])
     for i, one in enumerate(alone):
@@ -127,18 +127,90 @@ def test_permuted_labels_give_chance(name):
 
 @names
 def test_batches_of_any_size_give_the_same_answer(models, data, name):
-    rows = Rows(HEADS[name].prepare(data))
+    rows = ClipTensors(HEADS[name].prepare(data))
     members = models[name].members_
     scores = [predict_members(members, rows, np.arange(60)[None], block=block) for block in (1, 7, 4096)]
     for other in scores[1:]: np.testing.assert_allclose(other, scores[0], atol=1e-5)
 
 
 def test_history_holds_every_epoch(data):
-    members = train_members(Rows(data), data.labels, [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)], Config)
+    members = train_members(ClipTensors(data), data.labels, [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)], SETTINGS)
     loss = members.history['val_loss']
     assert loss.shape == (3, 4) and np.nanmin(loss, axis=1) == pytest.approx(members.val_loss)
     assert [np.nanargmin(row) + 1 for row in loss] == members.epoch.tolist()
     assert take_members(members, [1]).history['val_accuracy'].shape == (1, 4)
+
+
+def test_a_start_goes_on(data):
+    "The last epoch counts, the networks are those of the start, and the start itself stays as it was."
+    rows, plan = ClipTensors(data), [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)]
+    begun = train_members(rows, data.labels, plan, SETTINGS)
+    before, more = begun.params.clone(), [dataclasses.replace(m, train=np.arange(5, 45), val=np.arange(0)) for m in plan]
+    longer = train_members(rows, data.labels, more, dataclasses.replace(SETTINGS, epochs=3), start=begun)
+    assert torch.equal(begun.params, before) and (longer.epoch == begun.epoch + 3).all()
+    assert 0 < (longer.params - before).abs().max() < .1
+    alone = train_members(rows, data.labels, more[1:2], dataclasses.replace(SETTINGS, epochs=3), start=take_members(begun, 1))
+    np.testing.assert_allclose(longer.params[1], alone.params[0], atol=1e-4)
+
+
+def test_more_members_than_one_block(data, monkeypatch):
+    rows, plan = ClipTensors(data), [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)]
+    whole = train_members(rows, data.labels, plan, SETTINGS)
+    monkeypatch.setattr('hatemm_clip.members._MOST_MEMBERS', 2)
+    np.testing.assert_allclose(train_members(rows, data.labels, plan, SETTINGS).params, whole.params, atol=1e-4)
+    longer = train_members(rows, data.labels, plan, SETTINGS, start=whole)
+    assert longer.params.shape == whole.params.shape and (longer.epoch > whole.epoch).all()
+
+
+@pytest.mark.parametrize('policy, least', [('recall>=0.9', .9), ('recall >= 1', 1.), ('precision>=0.6', .6), ('balanced_accuracy', 0)])
+@pytest.mark.parametrize('calibration', ['temperature', 'isotonic'])
+def test_threshold_policies(data, policy, least, calibration, tmp_path):
+    train, val = data[data.split[0] == 'train'], data[data.split[0] == 'val']
+    model = FusionClassifier(hidden=8, epochs=20, threshold=policy, calibration=calibration).fit(train, val=val)
+    decided, hateful = model.predict(val) == 1, val.labels == 1
+    reached = decided[hateful].mean() if policy.startswith('recall') else hateful[decided].mean()
+    assert reached >= least
+    loaded = load_bundle(save_bundle(tmp_path/'bundle', model))
+    np.testing.assert_array_equal(loaded.predict_proba(data), model.predict_proba(data))
+    assert (loaded.threshold, loaded.calibration, loaded.threshold_) == (policy, calibration, model.threshold_)
+
+
+def test_a_dear_miss_lowers_the_threshold(data):
+    predictions = [crossval(data, 'MeanLinear', ['image+text'], 1, grid={}, epochs=8, threshold=f'cost={c}') for c in (.2, 1, 5)]
+    assert predictions[0].prob.equals(predictions[2].prob)
+    means = [p.threshold.mean() for p in predictions]
+    assert means[0] > means[1] > means[2]
+    combined = combine_heads(predictions[2], threshold='cost=5')
+    rows = combined[combined.run == 'AllHeads:image+text'].set_index(['fold', 'clip_id', 'part'])
+    known = predictions[2].set_index(['fold', 'clip_id', 'part'])
+    np.testing.assert_allclose(rows.threshold, known.threshold.loc[rows.index], atol=.05)
+
+
+@pytest.mark.parametrize('wrong', [dict(threshold='recall>0.9'), dict(threshold='recall>=1.5'), dict(threshold='cost=-1'), dict(calibration='platt')])
+def test_a_policy_that_does_not_exist_is_one_line(data, wrong):
+    with pytest.raises(InputError, match='is unknown; choose from') as error: crossval(data, 'LogisticRegression', ['image'], 1, **wrong)
+    assert '\n' not in str(error.value)
+
+
+def test_isotonic_calibration_takes_two_classes(data):
+    topics = dataclasses.replace(data, labels=np.arange(60) % 3, label_names=['a', 'b', 'c'])
+    with pytest.raises(InputError, match="'isotonic' takes two classes"): FusionClassifier(calibration='isotonic').fit(topics)
+
+
+def test_a_bundle_without_a_policy_loads(models, data, tmp_path):
+    "Bundles of earlier versions say neither threshold policy nor calibration."
+    folder = save_bundle(tmp_path/'bundle', models['LateFusion'])
+    config = json.loads((folder/'config.json').read_text())
+    for name in ('threshold', 'calibration'): del config['params'][name]
+    (folder/'config.json').write_text(json.dumps(config))
+    np.testing.assert_array_equal(load_bundle(folder).predict(data), models['LateFusion'].predict(data))
+
+
+def test_sets_of_modalities():
+    assert modality_sets(['text', 'image']) == [['image', 'text'], ['image'], ['text']]
+    assert modality_sets(['bert']) == [['bert']]
+    assert modality_sets(['image', 'text'], ['text+image', ['text']]) == [['image', 'text'], ['text']]
+    with pytest.raises(InputError, match='give a list of sets'): modality_sets(['image'], 'image')
 
 
 def test_runs_in_processes_are_the_same(data):
