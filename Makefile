@@ -22,7 +22,7 @@ test: install  ## notebooks, command line, generated files, docs
 docs: install  ## the site, in _docs/ (with Quarto), or a check that it would build
 	if command -v quarto >/dev/null; then nbdev_docs; else python -m pytest tests/test_docs.py; fi
 
-export: install  ## notebooks -> hatemm_clip/ and README.md; cleans the notebooks
+export: install  ## notebooks -> hatemm_clip/, README.md and the sidebar; cleans the notebooks
 	python tools/prepare.py
 
 outputs: install  ## run every notebook in place, so that the docs show fresh outputs

@@ -1,7 +1,10 @@
-"The docs tree builds: every notebook stages to a page with a title, the sidebar has them all, internal links resolve."
+"The docs tree builds: every notebook becomes a page with a title, the sidebar has them all by group, internal links resolve."
+import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -15,8 +18,6 @@ def site(tmp_path_factory):
     shutil.copytree(ROOT/'nbs', folder/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     for name in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/name, folder)
     shutil.copytree(ROOT/'hatemm_clip', folder/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
-    import subprocess
-    import sys
     stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0)'
     subprocess.run([sys.executable, '-c', stage], cwd=folder, check=True, capture_output=True, timeout=300)
     return folder
@@ -29,9 +30,37 @@ def test_every_notebook_becomes_a_page_with_a_title(site):
         assert re.search(r'title: \S', page.read_text()), f'{notebook.name} has no title'
 
 
-def test_sidebar_lists_every_page(site):
-    contents = yaml.safe_load((site/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']
-    assert sorted(contents) == sorted(f.name for f in (site/'nbs').glob('*.ipynb'))
+def test_sidebar_lists_every_page_in_a_group(site):
+    first, *groups = yaml.safe_load((site/'_proc/sidebar.yml').read_text())['website']['sidebar']['contents']
+    pages = [page for group in groups for page in group['contents']]
+    assert first == 'index.ipynb' and pages == sorted(f.name for f in (site/'nbs').glob('[0-9]*.ipynb'))
+    assert len(groups) > 5 and all(group['section'] for group in groups)
+
+
+# What Quarto reads and the preview does not: other formats, and the names of pages, which are those of the notebooks anyway.
+QUARTO_ONLY = re.compile(r'format commonmark is not built|format.html.keep-md is ignored|output-file is not read')
+
+
+@pytest.fixture(scope='module')
+def preview(site):
+    "The site as smalldocs renders it, and what it warns about: options it does not know, links that lead nowhere."
+    pytest.importorskip('smalldocs', reason='needs the development requirement smalldocs')
+    done = subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', str(site/'_proc')], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return site/'_proc/_docs', done.stderr.splitlines()
+
+
+def test_preview_has_no_doubts(preview):
+    warnings = [line for line in preview[1] if line.startswith('warning:') and not QUARTO_ONLY.search(line)]
+    assert not warnings, warnings
+
+
+def test_every_page_renders(site, preview):
+    for notebook in (site/'nbs').glob('*.ipynb'):
+        page, cells = preview[0]/f'{notebook.stem}.html', json.loads(notebook.read_text())['cells']
+        title = ''.join(cells[0]['source']).splitlines()[0].removeprefix('# ')
+        text = page.read_text()
+        assert f'<title>{html.escape(title, quote=False)}' in text and len(text) > 5000, f'{notebook.name} does not render'
 
 
 def test_internal_links_resolve(site):

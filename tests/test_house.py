@@ -40,6 +40,7 @@ def test_notebooks_are_clean(copy):
 
 def test_readme_is_generated(copy):
     run_in(copy, sys.executable, 'tools/prepare.py', '--readme')
+    assert (copy/'nbs/sidebar.yml').read_text() == (ROOT/'nbs/sidebar.yml').read_text(), 'nbs/sidebar.yml lacks a notebook: run `make export`'
     assert (copy/'README.md').read_text() == (ROOT/'README.md').read_text(), 'README.md differs from nbs/index.ipynb: run `make export`'
     assert '<style' not in (ROOT/'README.md').read_text(), 'a table as HTML in README.md: print it'
 
