@@ -90,13 +90,34 @@ def _scopes(table):
         yield inner
         yield from _scopes(inner)
 
+# %% ../nbs/94_keys.ipynb #d149b81d
+def _steps(statement):
+    "The simple statements that a compound one is made of, in their order."
+    kinds = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+    if not isinstance(statement, kinds): return [statement]
+    inner = [s for part in ('body', 'handlers', 'orelse', 'finalbody') for s in getattr(statement, part, [])]
+    inner = [s for step in inner for s in (step.body if isinstance(step, ast.ExceptHandler) else [step])]
+    return [*_header(statement), *(step for s in inner for step in _steps(s))]
+
+
+def _header(statement):
+    "What a compound statement evaluates and binds before its body."
+    if isinstance(statement, (ast.If, ast.While)): return [_located(ast.Expr(statement.test))]
+    if isinstance(statement, ast.For): return [_located(ast.Assign([statement.target], statement.iter))]
+    items = getattr(statement, 'items', [])
+    named = [ast.Assign([item.optional_vars], item.context_expr) for item in items if item.optional_vars]
+    return [_located(s) for s in named + [ast.Expr(item.context_expr) for item in items if not item.optional_vars]]
+
+
+def _located(statement): return ast.fix_missing_locations(statement)
+
 # %% ../nbs/94_keys.ipynb #21ae9d98
 def free_names(
     cells: list[str], # sources, in their order
 ) -> tuple[set, set]: # used before they are bound; bound
     "Names that cells need from elsewhere."
     needed, known = set(), set()
-    for statement in (s for source in cells for s in parse(source)):
+    for statement in (step for source in cells for s in parse(source) for step in _steps(s)):
         used, bound = names(statement)
         needed |= used - known
         known |= bound
