@@ -509,12 +509,12 @@ def _one_frame_clips(data):
 def _time_epoch(data, config, device):
     "Seconds of an epoch, after a short one to warm up; memory in MB."
     every = np.arange(len(data))
-    session = open_session(load_base(config), data, every, every[:2], config, device, 0)
+    session = open_session(load_base(config), data, (every, every[:2]), config, device)
     for rows in (every[:2*config.batch_size], every):
         session.train = rows
         if device.startswith('cuda'): torch.cuda.synchronize()
         began = time.perf_counter()
-        train_epoch(session, 1, 0, 2*len(data))
+        train_epoch(session, 1)
         if device.startswith('cuda'): torch.cuda.synchronize()
     return time.perf_counter() - began, peak_memory_mb(device)
 

@@ -19,16 +19,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .base import check_failures, InputError, progress, read_table, table_hash
+from .base import check_failures, InputError, progress, read_json as _read_json, read_table, Run, table_hash
 from .data import part_of_clips
 from .asr import store_lock
 from .features import Features, open_store, read_features
 from .encoders import load_encoder, pick_device, with_precision
 from .batching import embed_items
 from .tuning import ClipData, FinetuneConfig, read_clip_data
-from hatemm_clip.training import (
-    _read_json, audit_checkpoint, find_checkpoint, finetune, Finetuned, load_checkpoint,
-    read_checkpoint)
+from .checkpoints import audit_checkpoint, find_checkpoint, load_checkpoint, read_checkpoint
+from .training import finetune, Finetuned, tensorboard_log
 
 # %% ../nbs/30_finetune.ipynb #c294c50f
 def _store_of(run, name, which): return Path(run)/f'features-{name}-{which}.lance'
@@ -165,7 +164,7 @@ def on_fold(
     parts = np.asarray(part_of_clips(table, splits, fold), str)
     return dataclasses.replace(features, split=parts[None], provenance=dict(features.provenance, fold=int(fold)))
 
-# %% ../nbs/30_finetune.ipynb #fd02197b
+# %% ../nbs/30_finetune.ipynb #1d9ee3cf
 def chosen_folds(
     folds: str | int, # all, single, numbers, or several of these, joined by commas
     splits: pd.DataFrame, # SPLITS
@@ -174,30 +173,37 @@ def chosen_folds(
     known, chosen = [str(k) for k in sorted(splits.fold.unique())], []
     for word in str(folds).replace(' ', '').split(','):
         if word not in ('all', 'single', *known):
-            raise InputError(f"fold is {folds!r}; expected all, single or {', '.join(known)}, or several of these, such as all,single")
+            raise InputError(f"fold is {folds!r}; expected all, single or {', '.join(known)}, "
+                             "or several of these, such as all,single")
         chosen += known if word == 'all' else [word]
     return list(dict.fromkeys(chosen))
 
-# %% ../nbs/30_finetune.ipynb #a76bf3cd
+# %% ../nbs/30_finetune.ipynb #0585997e
 def fold_parts(
     data: ClipData,
     splits: pd.DataFrame, # SPLITS
     fold: str, # its number, or single: all videos but the validation part of the first fold
 ) -> tuple[np.ndarray, dict]: # parts, str (N,); info for config.json
-    "Tell which clips a fine-tuning may see."
-    number = splits.fold.min() if fold == 'single' else int(fold)
-    parts = np.asarray(part_of_clips(pd.DataFrame(dict(clip_id=data.ids, video_id=data.videos)), splits, number), str)
-    if fold == 'single': return np.where(parts == 'test', 'train', parts), dict(protocol='single', splits=table_hash(splits))
-    return parts, dict(protocol='fold', fold=int(number), splits=table_hash(splits))
+    "Say which clips a fine-tuning may see."
+    number, digest = splits.fold.min() if fold == 'single' else int(fold), table_hash(splits)
+    clips = pd.DataFrame(dict(clip_id=data.ids, video_id=data.videos))
+    parts = np.asarray(part_of_clips(clips, splits, number), str)
+    if fold == 'single': return np.where(parts == 'test', 'train', parts), dict(protocol='single', splits=digest)
+    return parts, dict(protocol='fold', fold=int(number), splits=digest)
 
-# %% ../nbs/30_finetune.ipynb #3a9aa2fe
+# %% ../nbs/30_finetune.ipynb #d767eea5
+def _finetune_fold(data, splits, fold, folder, config, device, workers, log):
+    parts, info = fold_parts(data, splits, fold)
+    with tensorboard_log(folder/'log') if log else contextlib.nullcontext() as on_epoch:
+        return finetune(data, parts, folder, config, device, workers, info, on_epoch)
+
+# %% ../nbs/30_finetune.ipynb #910a3174
 def run_finetune(
     run_dir: str | Path, # holds clips, transcripts and splits; gets finetune/NAME/ and features-NAME-….lance
     config: FinetuneConfig,
     folds: str | int = 'all', # all, single, numbers, or several of these, joined by commas
     name: str = '', # of the fine-tuning; '': the mode
     device: str = 'auto',
-    cached_frames: int = 8, # decoded a clip, to draw num_frames from
     log: bool = False, # write TensorBoard's event files to finetune/NAME/foldK/log
     fps: float = 1., # frames per second, of the features
     overlap: int = 0, # tokens that text windows share
@@ -205,28 +211,31 @@ def run_finetune(
 ) -> dict[str, Finetuned]: # fold0, … or single → what came of it
     "Run the stage: fine-tune an encoder a fold, embed all clips with each, audit."
     from accelerate import PartialState
-    run, name, began, cpu = Path(run_dir), name or config.mode, time.perf_counter(), pick_device(device) == 'cpu'
-    splits, done = read_table(run/'splits.parquet'), {}
+    run, name, began, cpu = Run(run_dir), name or config.mode, time.perf_counter(), pick_device(device) == 'cpu'
+    splits, done = read_table(run.splits), {}
     chosen = chosen_folds(folds, splits)
     with PartialState(cpu=cpu).main_process_first():
-        data = read_clip_data(run, load_encoder(config.encoder, config.pretrained, 'cpu'), cached_frames, overlap, workers)
+        base = load_encoder(config.encoder, config.pretrained, 'cpu')
+        data = read_clip_data(run, base, max(8, config.num_frames), overlap, workers)
     for fold in chosen:
-        (parts, info), which = fold_parts(data, splits, fold), fold if fold == 'single' else f'fold{fold}'
-        folder = run/'finetune'/name/which
-        done[which] = finetune(data, parts, folder, config, device, 0 if cpu else workers, info, folder/'log' if log else None)
+        which = fold if fold == 'single' else f'fold{fold}'
+        folder = run.finetune/name/which
+        done[which] = _finetune_fold(data, splits, fold, folder, config, device, 0 if cpu else workers, log)
     if PartialState().is_main_process:
         embed_folds(run, name, fps, overlap, device, workers)
-        audited = len(read_folds(run, name)) if any(f != 'single' for f in chosen) else 0
+        audited = len(read_folds(run, name)) if chosen != ['single'] else 0
         _print_summary(name, done, audited, time.perf_counter() - began, cpu)
     return done
 
-# %% ../nbs/30_finetune.ipynb #d3d258cf
+# %% ../nbs/30_finetune.ipynb #be35e2dc
 def _print_summary(name, done, audited, seconds, cpu):
     "What was made, and what it took; an encoder that was found finished has the seconds of its training."
     total, counts = pd.DataFrame([d.summary() for d in done.values()]), next(iter(done.values())).data
-    found, untrained = sum(d.found for d in done.values()), {t for d in done.values() for t in d.untrained}
+    found = sum(d.found for d in done.values())
     print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)} ({found} found finished), {counts['clips']} clips "
           f"({counts['without_frames']} without frames, {counts['without_text']} without text), {audited} folds audited")
-    print(f"trained {total.epochs.sum():.0f} epochs in {total.seconds.sum():.0f} s, {total.images_per_s.median():.0f} images/s, "
-          f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}; with all else {seconds:.0f} s now")
-    for tower in sorted(untrained): print(f"nothing to train the {tower} tower on: it stayed as it was")
+    memory = f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}"
+    print(f"trained {total.epochs.sum():.0f} epochs in {total.seconds.sum():.0f} s, "
+          f"{total.images_per_s.median():.0f} images/s, {memory}; with all else {seconds:.0f} s now")
+    for tower in sorted({t for d in done.values() for t in d.untrained}):
+        print(f"nothing to train the {tower} tower on: it stayed as it was")

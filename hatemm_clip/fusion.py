@@ -372,7 +372,7 @@ def fit_run_bundle(
     "Train and write the bundle of a run, with the encoder if that is the run's own."
     run = Path(run_dir)
     if not finetuned: return fit_bundle(features, head, run/'bundle', **params)
-    from hatemm_clip.training import find_checkpoint
+    from hatemm_clip.checkpoints import find_checkpoint
     single = read_features(run/f'features-{finetuned}-single.lance')
     encoder = dict(single.provenance, encoder='encoder')  # a folder in the bundle
     model = fit_bundle(dataclasses.replace(single, split=features.split), head, run/'bundle', encoder=encoder, **params)

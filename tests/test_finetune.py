@@ -20,9 +20,11 @@ from hatemm_clip.data import LeakError, prepare_data
 from hatemm_clip.demo import make_corpus, read_truth
 from hatemm_clip.encoders import load_encoder, merge_adapter
 from hatemm_clip.features import read_features
-from hatemm_clip import finetune as module
-from hatemm_clip.tuning import MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, make_batch, projection_names, read_clip_data, set_trainable, tower_of, trainable_parameters
-from hatemm_clip.training import audit_checkpoint, check_gradients, finetune, find_checkpoint, load_checkpoint, read_checkpoint
+from hatemm_clip import training as module
+from hatemm_clip.tuning import (
+    MODES, ClipClassifier, ClipData, ClipHead, FinetuneConfig, make_batch, projection_names, read_clip_data, set_trainable, tower_of, trainable_parameters)
+from hatemm_clip.checkpoints import audit_checkpoint, find_checkpoint, load_checkpoint, read_checkpoint
+from hatemm_clip.training import check_gradients, finetune, tensorboard_log
 from hatemm_clip.finetune import chosen_folds, embed_folds, read_folds, run_finetune
 
 PARTS = np.where(np.arange(20) < 12, 'train', np.where(np.arange(20) < 16, 'val', 'test'))
@@ -215,7 +217,8 @@ import torch
 from accelerate import PartialState
 torch.set_num_threads(1)
 from test_finetune import CONFIG, PARTS, make_toy
-from hatemm_clip.finetune import finetune, run_finetune
+from hatemm_clip.finetune import run_finetune
+from hatemm_clip.training import finetune
 kill = lambda row: os.kill(os.getpid(), signal.SIGKILL) if row['epoch'] == {kill} else None
 for folder, changes in {jobs!r}.items(): finetune(make_toy(), PARTS, folder, dataclasses.replace(CONFIG, **changes), 'cpu', on_epoch=kill)
 if {run!r}: run_finetune({run!r}, dataclasses.replace(CONFIG, mode='projection', epochs=1), '0', 'two', 'cpu')
@@ -348,26 +351,25 @@ def test_loader_processes_change_nothing(toy, adapted, tmp_path):
 
 def test_float16_scales_its_loss(toy, tmp_path, monkeypatch):
     "On a CPU, where only tests may: it learns, an overflow skips a step and halves the scale, and the scale is resumed."
-    monkeypatch.setattr(module, 'pick_precision', lambda precision, device: torch.float16)
+    monkeypatch.setattr(module, '_activations', lambda precision, device: torch.float16)
     done = finetune(toy, PARTS, tmp_path/'whole', CONFIG, 'cpu')
     assert losses(done)[-1, 1] < .5*losses(done)[0, 1]
     stop = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row['epoch'] == 2 else None
     with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu', on_epoch=stop)
     np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')), losses(done))
     encoder = module.load_base(CONFIG)
-    train, val = module.check_parts(toy, PARTS)
-    session = module.open_session(encoder, toy, train, val, CONFIG, 'cpu', 0)
+    rows = module.check_parts(toy, PARTS)
+    session = module.open_session(encoder, toy, rows, CONFIG, 'cpu')
     head, scale = session.model.head.out.weight.detach().clone(), session.scaler.get_scale()
     assert session.scaler.is_enabled() and scale > 1
-    batch = make_batch(toy, train[:4], np.full(4, 1e38, np.float32), CONFIG, encoder.tokenizer)
+    batch = make_batch(toy, rows[0][:4], np.full(4, 1e38, np.float32), CONFIG, encoder.tokenizer)
     module._step(session, iter([batch]))
     assert torch.equal(session.model.head.out.weight, head) and session.scaler.get_scale() == scale/2
 
 
 def test_tensorboard_is_missing(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
-    with pytest.raises(InputError, match='pip install tensorboard'):
-        finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=1), 'cpu', log_dir=tmp_path/'log')
+    with pytest.raises(InputError, match='pip install tensorboard'), tensorboard_log(tmp_path/'log'): pass
 
 
 def test_tensorboard_gets_every_row(toy, tmp_path, monkeypatch):
@@ -379,14 +381,18 @@ def test_tensorboard_gets_every_row(toy, tmp_path, monkeypatch):
         def __exit__(self, *_): made.append('closed')
         def add_scalar(self, name, value, step): rows.append((name, value, step))
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=SummaryWriter))
-    done = finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=2), 'cpu', log_dir=tmp_path/'log')
+    config = dataclasses.replace(CONFIG, mode='head', epochs=2)
+    with tensorboard_log(tmp_path/'log') as log: done = finetune(toy, PARTS, tmp_path/'run', config, 'cpu', on_epoch=log)
     assert made == [str(tmp_path/'log'), 'closed']
     assert [v for n, v, _ in rows if n == 'val_loss'] == done.history.val_loss.tolist() and {s for *_, s in rows} == {1, 2}
+    with tensorboard_log(tmp_path/'none') as log: assert finetune(toy, PARTS, tmp_path/'run', config, 'cpu', on_epoch=log).found
+    assert made == [str(tmp_path/'log'), 'closed']
 
 
 def test_tensorboard_itself(toy, tmp_path):
     pytest.importorskip('tensorboard', reason='TensorBoard is not installed; its writer is tested with a stand-in')
-    finetune(toy, PARTS, tmp_path/'run', dataclasses.replace(CONFIG, mode='head', epochs=1), 'cpu', log_dir=tmp_path/'log')
+    config = dataclasses.replace(CONFIG, mode='head', epochs=1)
+    with tensorboard_log(tmp_path/'log') as log: finetune(toy, PARTS, tmp_path/'run', config, 'cpu', on_epoch=log)
     assert list((tmp_path/'log').glob('events.*'))
 
 
@@ -508,9 +514,9 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
 
 def test_random_vit_takes_steps():
     "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
-    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0.), make_toy(4, size=224)
-    session = module.open_session(module.load_base(config), data, np.arange(4), np.arange(2), config, 'cpu', 0)
-    found = [module.train_epoch(session, epoch, epoch, 50) for epoch in range(3)]
+    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0., epochs=50), make_toy(4, size=224)
+    session = module.open_session(module.load_base(config), data, (np.arange(4), np.arange(2)), config, 'cpu')
+    found = [module.train_epoch(session, epoch) for epoch in (1, 2, 3)]
     assert session.reached == {'image', 'text'} and found[-1] < found[0]
 
 
