@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo import make_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'
@@ -16,6 +17,12 @@ def shared():
     "The folder of real data beside the checkout."
     if not SHARED.is_dir(): pytest.skip(f'needs real data: no folder {SHARED.name} beside the checkout')
     return SHARED
+
+
+@pytest.fixture(scope='session')
+def demo():
+    "A clone in which the demo has run up to its predictions and bundle."
+    return make_demo()
 
 
 @pytest.fixture(scope='session')

@@ -1,32 +1,43 @@
-"Every notebook runs top to bottom: here the stages, in number order on one run, as in a batch; the others in test_notebooks_beside.py, for a second process."
-import papermill
+"Every notebook runs top to bottom: here the stages, on the run of a clone in which 40_fusion has run."
 import pytest
 from conftest import ROOT
+from demo import copy_run, execute, small_corpus
 
-from hatemm_clip.pipeline import runnable, stage_parameters
+from hatemm_clip.base import Run
+from hatemm_clip.keys import stage_parameters
+from hatemm_clip.pipeline import STAGES
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-BRANCHES = ('02_fetch', '03_check', '05_metrics', '15_tiny_clip', '30_finetune', '45_topics', '50_robust')  # need the features of a run at most, and give nothing to the later stages
+LATER = [stage for stage in STAGES if stage > '40_fusion']  # 30_finetune is beside: nothing here needs it
 
 
-def execute(notebook, cwd, target, **parameters):
-    import nbformat
-    source = target.with_suffix('.source.ipynb')
-    nbformat.write(runnable(notebook), source)
-    papermill.execute_notebook(str(source), str(target), parameters, cwd=str(cwd), kernel_name='python3', progress_bar=False)
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory): return tmp_path_factory.mktemp('run')
-
-
-def in_run(notebook, folder, run_dir, data_dir):
+def run_notebook(name, folder, run_dir, data_dir):
     "Execute a notebook on a run."
+    notebook = ROOT/'nbs'/f'{name}.ipynb'
     places = dict(run_dir=str(run_dir), data_dir=str(data_dir))
     parameters = {n: v for n, v in places.items() if n in stage_parameters(notebook)}
-    if notebook.stem == '01_demo': parameters['out_dir'] = places['data_dir']
     execute(notebook, ROOT/'nbs', folder/notebook.name, **parameters)
 
 
-@pytest.mark.parametrize('notebook', [n for n in NOTEBOOKS if n.stem not in BRANCHES], ids=lambda f: f.stem)
-def test_notebook(notebook, run): in_run(notebook, run, run/'run', run/'demo_data')
+def test_fusion_runs_alone_in_a_fresh_clone(demo):
+    run = Run(demo/'runs/notebook')
+    assert run.predictions.exists() and (run.bundle/'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('name, made', [('00_data', 'clips.parquet'), ('10_asr', 'transcripts.parquet'), ('20_embed', 'features.lance')])
+def test_first_stages(name, made, demo, tmp_path_factory):
+    "Each makes its results for a few videos, from what the stage before it made."
+    folder = tmp_path_factory.getbasetemp()/'first_stages'
+    if not folder.exists(): small_corpus(demo, folder/'data', 24)
+    run_notebook(name, folder, folder/'run', folder/'data')
+    assert (folder/'run'/made).exists()
+
+
+@pytest.fixture(scope='module')
+def run(demo, tmp_path_factory): return copy_run(demo, tmp_path_factory.mktemp('run')/'run')
+
+
+@pytest.mark.parametrize('name', LATER)
+def test_later_stages(name, run, demo):
+    run_notebook(name, run.folder.parent, run.folder, demo/'demo_data')
+    assert (run.folder/STAGES[name][0]).exists()
