@@ -93,7 +93,8 @@ def make_report(
 ) -> dict: # name, machine, rows, ratios (three decimals)
     "What every bench gives."
     machine = [f'{platform.system()} {platform.machine()}', f'{os.cpu_count()} cores', *details]
-    return dict(name=name, machine=', '.join(machine), rows=rows, ratios={k: round(float(v), 3) for k, v in ratios.items()})
+    ratios = {k: round(float(v), 3) for k, v in ratios.items()}
+    return dict(name=name, machine=', '.join(machine), rows=rows, ratios=ratios)
 
 # %% ../nbs/93_bench.ipynb #0e17aa30
 def _pan(path, seconds, width=1280, height=720, fps=30):
@@ -255,7 +256,8 @@ def _write_bench_video(path, frames, rate=25):
         out.mux(stream.encode(None))
 
 # %% ../nbs/93_bench.ipynb #b05b8a79
-_WORDS = 'the king built a bridge here long ago and the choir meets in the village every day before the bread is sold '.split()
+_WORDS = ('the king built a bridge here long ago and the choir meets in the village every day '
+          'before the bread is sold').split()
 
 
 def _bench_clips(folder, videos, copies, seconds):
@@ -308,8 +310,8 @@ def _cpu_seconds(function):
 
 # %% ../nbs/93_bench.ipynb #53ef0ea0
 def _window_tokens(clips, encoder):
-    texts = [w['text'] for c in clips.itertuples() for w in text_windows(c.segments, encoder.tokenizer, encoder.context_length)]
-    return list(encoder.tokenizer(texts))
+    windows = [w for c in clips.itertuples() for w in text_windows(c.segments, encoder.tokenizer, encoder.context_length)]
+    return list(encoder.tokenizer([w['text'] for w in windows]))
 
 # %% ../nbs/93_bench.ipynb #9e3d8139
 def _decode_parts(clips, encoder):
@@ -327,7 +329,7 @@ def _decode_parts(clips, encoder):
 
 # %% ../nbs/93_bench.ipynb #e2b81120
 def _floor_parts(clips, encoder, batch_size=32):
-    "CPU seconds of each part of the work, alone; how many frames and text windows that is; and the frames of each file."
+    "CPU seconds of each part of the work, alone; how many frames and text windows that is; the frames of each file."
     parts, images, decoded = _decode_parts(clips, encoder)
     counts, tokens = dict(decode=len(images), resize=len(images)), _window_tokens(clips, encoder)
     for part, inputs, encode in (('forward', images, encode_frames), ('text', tokens, encode_tokens)):
@@ -551,7 +553,8 @@ def bench_finetune(
 ) -> dict: # name, machine, rows of what, value, unit; ratios
     "Time steps over batches of clips against a step a frame."
     device, rows, speed = pick_device(device), [], []
-    config = FinetuneConfig('full', encoder, pretrained, num_frames, batch_size=clips, precision=precision, class_weight='')
+    config = FinetuneConfig('full', encoder, pretrained, num_frames, batch_size=clips, precision=precision,
+                            class_weight='')
     whole = _noise_clips(load_encoder(encoder, pretrained, 'cpu').preprocess['size'], clips*steps, num_frames)
     loops = {'a step a frame': (_one_frame_clips(whole), dataclasses.replace(config, num_frames=1, batch_size=1)),
              'a step a batch of clips': (whole, config)}
@@ -671,8 +674,8 @@ def _metric_rows(labels, loop, once):
     "Final test metrics of the same seeds trained both ways, and how far they differ."
     clips, tables = np.arange(len(labels)), []
     for run, probs in (('loop', loop), ('once', once)):
-        tables += [pd.DataFrame(dict(run=run, fold=0, seed=s, clip_id=clips, video_id=clips, part='test', label=labels, prob=prob))
-                   for s, prob in enumerate(probs)]
+        row = dict(run=run, fold=0, clip_id=clips, video_id=clips, part='test', label=labels)
+        tables += [pd.DataFrame(dict(row, seed=s, prob=prob)) for s, prob in enumerate(probs)]
     rows = []
     for m, r in paired_difference(pd.concat(tables), 'once', 'loop', ['accuracy', 'auroc']).iterrows():
         values = {'project loop': r.b, 'all at once, same seed': r.a, 'difference': r.delta,
@@ -700,5 +703,7 @@ def bench_fusion(
     rows = [make_row(f'project loop: {seeds} seeds x {epochs} epochs of {clips} clips {measured}', loop, 's'),
             make_row('of it scoring train and test after each epoch', scoring, 's'),
             make_row('all seeds at once: median of 3', once, 's')]
-    rows += _metric_rows(task.labels[task.test], np.stack([t.result[0] for t in slow]), fast[0].result[:seeds_one_by_one])
-    return make_report('fusion', ['one thread used', f'torch {torch.__version__}'], rows, dict(fusion_vs_seed=loop / once))
+    one_by_one = np.stack([t.result[0] for t in slow])
+    rows += _metric_rows(task.labels[task.test], one_by_one, fast[0].result[:seeds_one_by_one])
+    details = ['one thread used', f'torch {torch.__version__}']
+    return make_report('fusion', details, rows, dict(fusion_vs_seed=loop / once))

@@ -244,7 +244,8 @@ def _check_room(folder: Path, needed: int) -> None:
 def _check_answer(response, remote, part, offset, etag):
     "Where the body starts and the length of the whole file; a part that does not fit is dropped."
     if 'text/html' in response.headers.get('Content-Type', ''):
-        raise InputError(f"{remote.url}: a web page came in place of the file; is there a login page or a proxy in between?")
+        raise InputError(f"{remote.url}: a web page came in place of the file; "
+                         'is there a login page or a proxy in between?')
     try: start, total = _body_start(response, offset, etag)
     except TryAgain:
         part.unlink(missing_ok=True)
@@ -338,7 +339,8 @@ def list_members(
         wanted = not (info.is_dir() or '__MACOSX' in path.parts or path.name.startswith('.'))
         if wanted and path.name.casefold() in folded: why = why or 'comes twice'
         if why:
-            raise BadZip(f"{where}: the member {info.filename!r} {why}; nothing was unpacked, fetch from another source")
+            raise BadZip(f"{where}: the member {info.filename!r} {why}; "
+                         'nothing was unpacked, fetch from another source')
         if wanted: folded.add(path.name.casefold())
         if wanted: members[path.name] = info
     total = sum(i.file_size for i in members.values())
@@ -393,7 +395,8 @@ def unpack_zip(
     except BaseException as e:
         shutil.rmtree(out_dir, ignore_errors=True)
         if not _is_corrupt(e): raise
-        raise BadZip(f"{path}: a corrupt zip ({e}); run again to fetch it anew (move it away first if you put it there)") from e
+        raise BadZip(f"{path}: a corrupt zip ({e}); run again to fetch it anew "
+                     '(move it away first if you put it there)') from e
 
 # %% ../nbs/02_fetch.ipynb #c8f58876
 MANIFEST = 'manifest.json'
@@ -447,7 +450,8 @@ def _annotated_videos(path: Path) -> set[str]: # file names
     "The videos that an annotation file speaks of."
     try: names = pd.read_csv(path, usecols=['video_file_name'], dtype=str, keep_default_na=False).video_file_name
     except ValueError as e:
-        raise InputError(f"{path}: not an annotation file, it has no column video_file_name; delete it and run again") from e
+        raise InputError(f"{path}: not an annotation file, it has no column video_file_name; "
+                         'delete it and run again') from e
     return set(names)
 
 # %% ../nbs/02_fetch.ipynb #94c103d5
@@ -460,14 +464,16 @@ class _Effort:
 
 # %% ../nbs/02_fetch.ipynb #0f1e1392
 def _bring(remote, given, work, manifest, effort):
-    "A file that was put there or is downloaded, and its digests, which must be the record's and those of the first time."
-    source = given if given.is_file() else download(remote, work/remote.name, effort.tries, effort.backoff, effort.progress)
+    "A file that was put there or is downloaded; its digests, which must be the record's and those of the first time."
+    fetched, how = work/remote.name, (effort.tries, effort.backoff, effort.progress)
+    source = given if given.is_file() else download(remote, fetched, *how)
     sums = file_digests(source, effort.progress)
     before = manifest['sources'].get(remote.name, {}).get('sha256', sums['sha256'])
     wrong = _check_digests(source, sums, remote)
     if not wrong and before != sums['sha256']:
         wrong = f"{remote.name} is not the file of the first download, which had the sha256 {before}"
-    if wrong: raise InputError(f"{source}: {wrong}; move it away and run again, or choose another folder for the new version")
+    if wrong:
+        raise InputError(f"{source}: {wrong}; move it away and run again, or choose another folder for the new version")
     return source, sums
 
 # %% ../nbs/02_fetch.ipynb #14a92b4c
@@ -601,7 +607,8 @@ def _fetch_ids(
     with write_atomic(path) as part: ids.to_csv(part, index=False)
     twice = int((ids.groupby('video_id').part.nunique() > 1).sum())
     note = f'{dataset.note}; licence: {dataset.licence}; see {dataset.page}'
-    return dict(dataset=dataset.name, dir=str(out_dir), ids=ids.video_id.nunique(), in_two_parts=twice, path=str(path), note=note)
+    return dict(dataset=dataset.name, dir=str(out_dir), ids=ids.video_id.nunique(), in_two_parts=twice,
+                path=str(path), note=note)
 
 # %% ../nbs/02_fetch.ipynb #b17366c0
 def _summary_line(s):
@@ -627,7 +634,8 @@ def fetch_dataset(
     "Fetch a data set whole, or verify it where it is there; print a summary line."
     if name not in DATASETS: raise InputError(f"{name!r}: no such data set; choose one of {', '.join(DATASETS)}")
     dataset = DATASETS[name]
-    if dataset.files and ids_from is not None: raise InputError(f"{name}: ids_from is for data sets without files (mhc)")
+    if dataset.files and ids_from is not None:
+        raise InputError(f"{name}: ids_from is for data sets without files (mhc)")
     if dataset.files: s = _fetch_files(dataset, out_dir, accept_licence, base_url, _Effort(tries, backoff, progress))
     else: s = _fetch_ids(dataset, out_dir, ids_from)
     print(_summary_line(s))

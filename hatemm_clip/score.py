@@ -119,7 +119,8 @@ def _format_row(row, most):
     if row['error']: return [row['file'], f"  not scored: {row['error']}"]
     strongest = lambda parts: sorted(parts, key=lambda p: -abs(p['contribution']))[:most]
     parts = '  '.join(f'{m} {v:+.3f}' for m, v in row['modalities'].items())
-    lines = [row['file'], f"  {row['label']}   probability {row['prob']:.3f}, threshold {row['threshold']:.3f}   {parts}"]
+    score = f"probability {row['prob']:.3f}, threshold {row['threshold']:.3f}"
+    lines = [row['file'], f"  {row['label']}   {score}   {parts}"]
     for w in strongest(row['windows']):
         where = f"{w['start']:7.1f} – {w['end']:5.1f} s"
         lines.append(f"  {where}  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
@@ -127,7 +128,8 @@ def _format_row(row, most):
     return lines if row['windows'] else [*lines, '  nothing was said']
 
 # %% ../nbs/88_score.ipynb #e068dda9
-_DEMO_NOTE = 'This is the demo bundle: trained on synthetic videos about invented groups, it says nothing about real ones.'
+_DEMO_NOTE = ('This is the demo bundle: trained on synthetic videos about invented groups, '
+              'it says nothing about real ones.')
 
 
 def format_scores(

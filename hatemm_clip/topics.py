@@ -75,8 +75,8 @@ def topic_table(
     "Scores of the six runs on the test parts."
     table = summarise_runs(predictions, ['accuracy', 'macro_f1'], n=n).replace(dict(metric={'accuracy': 'f1_micro'}))
     columns = ['mean', 'sd_seeds', 'low', 'high']
-    by_metric = {m: rows.set_index(['run', 'train_condition'])[columns] for m, rows in table.groupby('metric', sort=False)}
-    return pd.concat(by_metric, axis=1)
+    table = table.set_index(['run', 'train_condition'])
+    return pd.concat({m: rows[columns] for m, rows in table.groupby('metric', sort=False)}, axis=1)
 
 # %% ../nbs/45_topics.ipynb #99c1b2a5
 def _questions(heads):
@@ -124,7 +124,8 @@ _COLUMNS = ('Video Id', 'Title', 'Category')
 
 def _read_rows(path):
     "Rows of a .csv that has the columns of titles."
-    if not Path(path).is_file(): raise InputError(f"{path}: no such file; expected a .csv with the columns {', '.join(_COLUMNS)}")
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a .csv with the columns {', '.join(_COLUMNS)}")
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     found = list(map(str, rows[0])) if rows else []
     missing = [c for c in _COLUMNS if c not in found]
