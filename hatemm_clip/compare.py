@@ -233,7 +233,8 @@ def _choose_run(predictions, choice):
     choice = {'run': choice} if isinstance(choice, str) else dict(choice)
     rows = predictions
     for column, value in choice.items():
-        if column not in rows: raise InputError(f'predictions: no column {column!r}; there are {list(rows.columns)}')
+        if column not in rows:
+            raise InputError(f'predictions: no column {column!r}; there are {list(rows.columns)}')
         rows = rows[rows[column] == value]
     if rows.empty: raise InputError(f'predictions: no row with {choice}')
     if rows.duplicated(_KEYS).any():
@@ -377,7 +378,7 @@ def corrected_resampled_ttest(
     values = dict(mean=mean, se=se, t=t, p=2 * stats.t.sf(abs(t), J - 1), low=low, high=high)
     return warn_undefined({k: float(v) for k, v in values.items()}, 'all differences are equal')
 
-# %% ../nbs/06_compare.ipynb #fde4f066
+# %% ../nbs/06_compare.ipynb #6e920920
 def _by_video(rows):
     "Label, mean probability and majority decision of each video."
     labels, probs, preds, _ = prediction_arrays(rows)
@@ -385,7 +386,8 @@ def _by_video(rows):
     table = rows.assign(label=labels, prob=probs, alarm=preds).groupby('video_id')
     labels = table.label.agg(['min', 'max'])
     mixed = labels[labels['min'] < labels['max']].index
-    if len(mixed): raise InputError(f'predictions: {len(mixed)} videos have clips of both labels; DeLong and McNemar take one')
+    if len(mixed):
+        raise InputError(f'predictions: clips of both labels in {len(mixed)} videos; DeLong and McNemar take one')
     alarms = (table.alarm.mean() >= .5).to_numpy(int)
     return labels['max'].to_numpy(), table.prob.mean().to_numpy(), alarms
 

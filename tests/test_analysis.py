@@ -11,9 +11,10 @@ import pytest
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
-from hatemm_clip import analysis as an  # noqa: E402
+from hatemm_clip import analysis as an, figures  # noqa: E402
 from hatemm_clip.base import PREDICTIONS, SPLITS, InputError, write_table  # noqa: E402
-from hatemm_clip.metrics import simulate_predictions  # noqa: E402
+from hatemm_clip.compare import metric_table  # noqa: E402
+from hatemm_clip.metrics import shapley_values, simulate_predictions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
@@ -46,7 +47,7 @@ def test_ee559_arrays_and_their_area():
         assert np.trapezoid(row.test_tpr, row.test_fpr) == pytest.approx(row.test_roc_auc, abs=1e-6)
     ax = an.plot_ee559_roc([path])
     assert 'tested normal' in ax.get_legend().get_texts()[0].get_text()
-    assert len(an.plot_learning_curves(results, ['train_accuracy', 'test_accuracy']).lines) >= 2
+    assert len(figures.plot_learning_curves(results, ['train_accuracy', 'test_accuracy']).lines) >= 2
 
 
 def test_code_in_a_result_file_is_refused(tmp_path):
@@ -63,9 +64,9 @@ def test_metrics_json_is_the_report_table(tmp_path):
     assert json.loads((tmp_path / 'deep/metrics.json').read_text()) == metrics
     assert {'macro_f1', 'accuracy', 'auroc'} <= metrics['BinaryClassifier:text'].keys()
     row = metrics['BinaryClassifier:text']['auroc']
-    assert an.metric_table(predictions).loc['BinaryClassifier:text', 'auroc'] == \
+    assert metric_table(predictions).loc['BinaryClassifier:text', 'auroc'] == \
         f"{row['mean']:.3f} ± {row['sd_seeds']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-    legend = [t.get_text() for t in an.plot_roc(predictions).get_legend().get_texts()]
+    legend = [t.get_text() for t in figures.plot_roc(predictions).get_legend().get_texts()]
     assert f"BinaryClassifier:text: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" in legend
     assert not list((tmp_path / 'deep').glob('.*'))  # no half-written file is left
 
@@ -95,31 +96,31 @@ def test_shapley_is_efficient_for_four_modalities():
     names = ('image', 'text', 'audio', 'motion')
     table = {}
     value = lambda s: table.setdefault(s, rng.random())
-    shares = an.shapley_values(value, names)
+    shares = shapley_values(value, names)
     assert sum(shares.values()) == pytest.approx(value(frozenset(names)) - value(frozenset()))
 
 
 def test_modality_values_from_a_dict():
     predictions = simulate_predictions(40, seeds=1)
     tables = {frozenset(run.split(':')[1].split('+')): rows for run, rows in predictions.groupby('run')}
-    assert an.modality_values(tables) == an.modality_values(predictions)
+    assert figures.modality_values(tables) == figures.modality_values(predictions)
 
 
 def test_umap_has_one_layout_per_seed():
     pytest.importorskip('umap', reason='umap-learn is optional')
     features = np.random.default_rng(0).normal(size=(40, 8))
-    points = an.embed_map(features, 'umap')
-    assert points.shape == (40, 2) and np.array_equal(points, an.embed_map(features, 'umap'))
+    points = figures.embed_map(features, 'umap')
+    assert points.shape == (40, 2) and np.array_equal(points, figures.embed_map(features, 'umap'))
 
 
 def test_umap_absent_is_told(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'umap', None)
-    with pytest.raises(InputError, match='pip install umap-learn'): an.embed_map(np.eye(10), 'umap')
+    with pytest.raises(InputError, match='pip install umap-learn'): figures.embed_map(np.eye(10), 'umap')
 
 
 def test_legends_move_out_of_the_way():
     runs = {f'Head{i}:text': 1. + i / 5 for i in range(6)}
-    ax = an.plot_roc(simulate_predictions(30, seeds=1, runs=runs), n=20)
+    ax = figures.plot_roc(simulate_predictions(30, seeds=1, runs=runs), n=20)
     ax.figure.canvas.draw()
     assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
 
@@ -181,7 +182,7 @@ def test_misjudged_clips_are_shown_blurred(tmp_path, monkeypatch):
         return plt.subplots(1, n, squeeze=False)[1][0]
     monkeypatch.setattr(data, 'show_clips', show)
     predictions = simulate_predictions(30, seeds=2)
-    errors = an.error_list(predictions[predictions.run == 'BinaryClassifier:image'])
-    axes = an.plot_errors(errors, predictions[['clip_id']].drop_duplicates(), n=3)
+    errors = figures.error_list(predictions[predictions.run == 'BinaryClassifier:image'])
+    axes = figures.plot_errors(errors, predictions[['clip_id']].drop_duplicates(), n=3)
     assert shown == dict(clips=list(errors.clip_id.unique()[:3]), blur=True)
     assert axes[0].get_title().startswith(errors.clip_id[0][:6])
