@@ -65,10 +65,10 @@ def parse_set(
     "Read a set of modalities."
     return sorted(modalities.split('+') if isinstance(modalities, str) else modalities)
 
-# %% ../nbs/16_features.ipynb #22a071a4
+# %% ../nbs/16_features.ipynb #d8de3779
 def sort_modalities(
     features: Features, # any modalities
-    names=None, # those to keep: 'image+text' or a list; None: all
+    names=None, # the set to keep; None: all
 ) -> Features: # with `names` only, sorted
     "Keep some modalities, in the order of the alphabet."
     names = parse_set(features.arrays if names is None else names)

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from hatemm_clip.base import InputError
 from hatemm_clip.media import iter_frames, read_frames, sample_times
 from hatemm_clip.media import write_video
-from hatemm_clip import embed as module
+from hatemm_clip import batching, encoders, media
 from hatemm_clip.encoders import CHUNK, Encoder, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
 from hatemm_clip.features import FeatureStore, pack_rows, export_features, features_info, format_info, open_store, read_features
 from hatemm_clip.media import planned_frames, frame_plan
 from hatemm_clip.bench import bench_embed, bench_memory
-from hatemm_clip.embed import demo_run, embed_clips
+from hatemm_clip.embed import demo_run, embed_clips, embed_stores
 from hatemm_clip.batching import embed_images, embed_items
-from hatemm_clip.asr import store_lock
+from hatemm_clip.base import store_lock
 from killing import killing_actor
 
 
@@ -115,7 +115,7 @@ def test_the_plan_holds_for_other_ways_to_encode(options, tmp_path, monkeypatch)
             got = list(read_inputs(path, preprocess, fps))
             assert np.allclose(np.concatenate([t for _, t in got]), times)
             assert torch.equal(torch.cat([x for x, _ in got]), preprocess_frames(expected, preprocess)), (container, fps)
-        monkeypatch.setattr(module, 'SEEK_FROM', 1.)  # later windows are jumped to
+        monkeypatch.setattr(media, 'SEEK_FROM', 1.)  # later windows are jumped to
         for window in ((2., 4.), (5.5, 8.), (8.5, 9.)):
             expected, times = read_frames(path, fps=5, start=window[0], end=window[1])
             got = torch.cat([x for x, _ in read_inputs(path, preprocess, 5, *window)])
@@ -138,8 +138,8 @@ def test_a_frame_before_its_key_frame_needs_the_one_before():
 
 def test_any_number_of_workers_gives_the_same_bytes(enc, videos, transcripts):
     segments = {t.clip_id: t.segments for t in transcripts.itertuples()}
-    runs = [{r['clip_id']: r for r in embed_items(videos, segments, enc, 1., 0, 8, workers)} for workers in (1, 2, 5)]
-    runs.append({r['clip_id']: r for i in range(6) for r in embed_items(videos[i:i+1], segments, enc, 1., 0, 8, 2)})
+    runs = [{r['clip_id']: r for r in embed_items(videos, segments, enc, batch_size=8, workers=workers)} for workers in (1, 2, 5)]
+    runs.append({r['clip_id']: r for i in range(6) for r in embed_items(videos[i:i+1], segments, enc, batch_size=8)})
     for other in runs[1:]:
         for clip_id, row in runs[0].items():
             for m in ('image', 'text'): assert row[m].tobytes() == other[clip_id][m].tobytes(), (clip_id, m)
@@ -185,7 +185,7 @@ def test_the_store_tells_its_precision_and_auto_follows_it(enc, videos, transcri
 def test_two_writers_one_is_refused_readers_are_not(enc, videos, transcripts, tmp_path):
     embed_clips(videos[:2], transcripts[:2], tmp_path/'a.lance', enc)
     with store_lock(tmp_path/'a.lance'):
-        code = f"from hatemm_clip.embed import store_lock, open_store\nprint(len(open_store({str(tmp_path/'a.lance')!r})))\nwith store_lock({str(tmp_path/'a.lance')!r}): pass"
+        code = f"from hatemm_clip.base import store_lock\nfrom hatemm_clip.features import open_store\nprint(len(open_store({str(tmp_path/'a.lance')!r})))\nwith store_lock({str(tmp_path/'a.lance')!r}): pass"
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == '2' and 'another run is writing to it' in done.stderr.splitlines()[-1]
     with store_lock(tmp_path/'a.lance'): pass
@@ -208,7 +208,7 @@ def test_a_damaged_store_is_refused_and_not_overwritten(enc, videos, transcripts
 
 def test_only_new_and_changed_clips_are_embedded(enc, videos, transcripts, tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(module, 'read_inputs', lambda path, *rest: (opened.append(Path(path).stem), read_inputs(path, *rest))[1])
+    monkeypatch.setattr(batching, 'read_inputs', lambda path, *rest: (opened.append(Path(path).stem), read_inputs(path, *rest))[1])
     run = lambda *tables: embed_clips(*tables, tmp_path/'a.lance', enc)
     run(videos[:3], transcripts[:3])
     run(videos[:5], transcripts[:5])
@@ -265,6 +265,41 @@ def test_features_of_a_fine_tuned_encoder_hide_folds_that_it_saw(enc, tables, tm
         assert read_features(tmp_path/f'{name}.lance', all_folds=True).split.shape == (3, 30)
 
 
+def test_a_fine_tuned_encoder_keeps_to_its_fold_in_any_store(enc, tables, tmp_path):
+    from hatemm_clip.base import SPLITS, write_table
+    folder, clips, said = tables
+    own = load_encoder(tuned(tmp_path/'tuned', dict(text_projection=enc.model.text_projection.detach()*-1), protocol='fold', fold=1, seen=dict(train=['v0'])))
+    rows = [dict(protocol='grouped', fold=k, video_id=v, group='pair' if v in ('v2', 'v4') else v, part=['train', 'val', 'test'][(i + k) % 3]) for k in range(3) for i, v in enumerate(sorted(set(clips.video_id)))]
+    (tmp_path/'clips.parquet').write_bytes((folder/'clips.parquet').read_bytes())
+    write_table(pd.DataFrame(rows), tmp_path/'splits.parquet', SPLITS)
+    both = embed_stores(clips, said, {tmp_path/'enc.lance': enc, tmp_path/'own.lance': own})
+    for encoder, store in zip((enc, own), both): assert columns(store) == columns(embed_clips(clips, said, tmp_path/'alone'/store.path.name, encoder))
+    frozen, features = read_features(tmp_path/'enc.lance'), read_features(tmp_path/'own.lance')
+    assert features.provenance['checkpoint'] == dict(protocol='fold', fold=1, seen=dict(train=['v0']))
+    assert frozen.split.shape == (3, 30) and np.array_equal(features.split, frozen.split[[1]])
+    assert dict(zip(features.video_ids, features.groups)) == dict(v0='v0', v1='v1', v2='v2', v3='v3', v4='v2', v5='v5')
+
+
+def test_clips_of_several_stores_are_made_for_all(enc, videos, transcripts, tmp_path, monkeypatch):
+    other = load_encoder(tuned(tmp_path/'tuned', dict(text_projection=enc.model.text_projection.detach()*-1)))
+    stores, opened = {tmp_path/'a.lance': enc, tmp_path/'b.lance': other}, []
+    monkeypatch.setattr(batching, 'read_inputs', lambda path, *rest: (opened.append(Path(path).stem), read_inputs(path, *rest))[1])
+    embed_stores(videos[:3], transcripts, stores)
+    assert sorted(opened) == ['0', '1', '2']
+    open_store(tmp_path/'b.lance').table.delete("clip_id = 'c1'")  # killed between two stores
+    a, b = embed_stores(videos[:4], transcripts, stores)
+    assert sorted(opened[3:]) == ['1', '3'] and sorted(a.clip_ids()) == sorted(b.clip_ids()) == ['c0', 'c1', 'c2', 'c3']
+
+
+def test_groups_of_a_file_of_ones_own(tmp_path):
+    rows, ids = dict(labels=np.array([0, 1]), voice=np.ones((2, 3))), np.array(['a', 'b'])
+    for words, videos, groups in ((dict(), 'ab', 'ab'), (dict(groups=['g', 'g']), 'gg', 'gg'), (dict(video_ids=['v', 'w']), 'vw', 'vw'), (dict(groups=['g', 'g'], video_ids=['v', 'w']), 'vw', 'gg')):
+        np.savez(tmp_path/'a.npz', ids=ids, **rows, **words)
+        for path in (tmp_path/'a.npz', export_features(tmp_path/'a.npz', tmp_path/'b.npz')):
+            features = read_features(path)
+            assert (''.join(features.video_ids), ''.join(features.groups)) == (videos, groups) and list(features.arrays) == ['voice']
+
+
 def test_info_counts_what_reading_gives(enc, tables, tmp_path):
     folder, clips, said = tables
     (tmp_path/'clips.parquet').write_bytes((folder/'clips.parquet').read_bytes())
@@ -281,17 +316,17 @@ def test_tasks_of_ray_hold_a_chunk_at_a_time(enc, videos, transcripts, tmp_path)
     table = videos.assign(segments=[json.dumps(s) for s in transcripts.segments])[['clip_id', 'path', 'start', 'end', 'segments']]
     torn = table[5:].assign(path=str(tmp_path/'torn.mp4'))
     for batch, error in ((table[5:], ''), (torn, 'torn.mp4')):
-        chunks = list(module._ray_inputs(batch.to_dict('list'), enc, 5., 0, ''))
+        chunks = list(batching._ray_inputs(batch.to_dict('list'), enc, 5., 0, ''))
         assert max(len(c['at']) for c in chunks) <= CHUNK and chunks[-1]['modality'] == ['']
         assert chunks[-1]['at'] == [sum(len(c['at']) for c in chunks[:-1])] and error in chunks[-1]['error'][0]
 
 
 def test_a_gpu_without_bfloat16_gets_float16(monkeypatch):
     for supported, expected in ((True, 'bfloat16'), (False, 'float16')):
-        module.faster_precision.cache_clear()
+        encoders.faster_precision.cache_clear()
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
-        assert module.faster_precision(768, 'cuda') == expected
-    module.faster_precision.cache_clear()
+        assert encoders.faster_precision(768, 'cuda') == expected
+    encoders.faster_precision.cache_clear()
 
 
 def test_the_demo_is_finished_and_nothing_else_is_touched(enc, tmp_path, capsys):
@@ -320,10 +355,12 @@ def test_bench_in_small():
 RUN = """
 import sys, time
 import pydantic, pyarrow.dataset, torchvision.transforms.v2
-from hatemm_clip import embed as module
+from hatemm_clip import batching
 from hatemm_clip.base import read_table
+from hatemm_clip.embed import embed_clips
+from hatemm_clip.encoders import load_encoder
 from killing import kill_runs
-encoder, encode = module.load_encoder(), module.encode_frames
+encoder, encode = load_encoder(), batching.encode_frames
 clips, transcripts = (read_table(f'{sys.argv[1]}/{name}.parquet') for name in ('clips', 'transcripts'))
 
 def slowly(*args):
@@ -332,9 +369,9 @@ def slowly(*args):
 
 def run(ready):
     import lancedb  # its threads would not live through a fork
-    module.encode_frames = slowly
+    batching.encode_frames = slowly
     ready()
-    module.embed_clips(clips, transcripts, sys.argv[2], encoder, batch_size=4, commit_every=3)
+    embed_clips(clips, transcripts, sys.argv[2], encoder, batch_size=4, commit_every=3)
 print(kill_runs(run))
 """
 
@@ -361,7 +398,7 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(enc, tables, tmp_p
     expected = columns(embed_clips(clips, said, tmp_path/'calm.lance', enc, batch_size=4))
     target = tmp_path/'killed.lance'
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(folder), str(target)], capture_output=True, text=True, timeout=300,
-                          env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
+                          env=dict(os.environ, PYTHONPATH=os.pathsep.join(str(p) for p in Path(__file__).parents[:2])))
     killed = int(done.stdout.split()[-1])
     ids = open_store(target).clip_ids()  # what is there is whole, and once
     assert len(ids) == len(set(ids)) and set(ids) <= set(clips.clip_id)
@@ -374,7 +411,7 @@ def test_a_full_disk_is_told_and_the_store_stays_readable(enc, videos, transcrip
     code = f"""
 import resource, signal
 import numpy as np
-from hatemm_clip.embed import pack_rows, open_store
+from hatemm_clip.features import pack_rows, open_store
 store = open_store({str(tmp_path/'a.lance')!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -401,8 +438,8 @@ def test_sound_is_a_third_modality(audio, width, enc, tmp_path):
 
 def test_blocks_of_sound_make_no_difference():
     sound = np.random.default_rng(0).normal(0, .1, 20_000).astype(np.float32)
-    frames, filters, window = np.lib.stride_tricks.sliding_window_view(sound, 2048)[::512], module.mel_filters(), np.hanning(2048).astype(np.float32)
-    whole, blocks = (module._mel_power(frames, filters, window, block) for block in (1000, 7))
+    frames, filters, window = np.lib.stride_tricks.sliding_window_view(sound, 2048)[::512], encoders.mel_filters(), np.hanning(2048).astype(np.float32)
+    whole, blocks = (encoders._mel_power(frames, filters, window, block) for block in (1000, 7))
     assert np.allclose(whole, blocks, rtol=1e-4)
 
 
@@ -449,7 +486,7 @@ def test_a_jump_that_goes_too_far_is_noticed(tmp_path, monkeypatch):
         def __exit__(self, *_): self.container.close()
         def __getattr__(self, name): return getattr(self.container, name)
         def seek(self, at, stream): self.container.seek(int(9/stream.time_base), stream=stream)
-    monkeypatch.setattr(module, 'SEEK_FROM', 1.)
+    monkeypatch.setattr(media, 'SEEK_FROM', 1.)
     expected = list(planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
     assert abs(expected[0].mean() - 2*47) < 3
     monkeypatch.setattr(av, 'open', Far)
@@ -478,7 +515,7 @@ def test_plots_of_one_video_are_empty_and_no_error(enc, videos, transcripts, tmp
 def test_ray_refuses_weights_that_it_cannot_load_again(videos, transcripts, tmp_path):
     random = load_encoder('hatemm-tiny', '', 'cpu')
     with pytest.raises(InputError, match='random weights differ'): embed_clips(videos, transcripts, tmp_path/'a.lance', random, engine='ray')
-    named = module._RayEncoder
+    named = batching._RayEncoder
     with pytest.raises(InputError, match='has other weights on'): named('hatemm-tiny', 'demo', 'cpu', 'float32', 4, '', '0'*64)
 
 
