@@ -44,7 +44,7 @@ from .batching import embed_images, embed_items
 from .tuning import ClipData, FinetuneConfig
 from .training import load_base, peak_memory_mb, open_session, train_epoch, memory_advice
 from .heads import pool_features
-from .members import Member, one_thread, predict_members, ClipTensors, train_members
+from .members import MemberPlan, one_thread, predict_members, ClipTensors, train_members
 from .classifier import softmax, FusionClassifier
 
 # %% ../nbs/93_bench.ipynb #77c1f7ae
@@ -665,7 +665,7 @@ def _train_at_once(task, seeds):
     arrays, masks = _padded([c[:-1] for c in clips], [c[-1:] for c in clips])
     data = ClipTensors(pool_features(Features(rows, task.labels, arrays, masks, video_ids=rows)))
     config = FusionClassifier(epochs=task.epochs, patience=task.epochs, batch_size=128)
-    plan = [Member(task.train, np.arange(0), s, lr=2e-3) for s in range(seeds)]
+    plan = [MemberPlan(task.train, np.arange(0), s, lr=2e-3) for s in range(seeds)]
     members = train_members(data, task.labels, plan, config)
     return softmax(predict_members(members, data, np.tile(task.test, (seeds, 1))))[..., 1]
 

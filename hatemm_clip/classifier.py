@@ -26,7 +26,7 @@ from hatemm_clip.metrics import (
     shapley_values)
 from .features import check_features, check_training, Features, sort_modalities
 from .heads import HEADS, make_head
-from .members import ClipTensors, Member, Members, predict_members, train_members, unflatten_row
+from .members import ClipTensors, MemberPlan, Members, predict_members, train_members, unflatten_row
 
 # %% ../nbs/38_classifier.ipynb #3b659253
 def softmax(
@@ -244,8 +244,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     def _taken(self, features, modalities):
         return self.prepare(check_features(sort_modalities(features, modalities)))
 
-    def plan_networks(self, train, val, seed, fold=0): # rows of the parts, int (n,); gives a list of Member
-        return [Member(train, val, seed + 1000 * i, fold, self.lr, self.weight_decay) for i in range(self.ensemble)]
+    def plan_networks(self, train, val, seed, fold=0): # rows of the parts, int (n,); gives a list of MemberPlan
+        return [MemberPlan(train, val, seed + 1000 * i, fold, self.lr, self.weight_decay) for i in range(self.ensemble)]
 
 # %% ../nbs/38_classifier.ipynb #5b0504bf
 def _tensors_of(members):

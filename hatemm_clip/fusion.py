@@ -95,7 +95,7 @@ class _Folds:
     "What the networks of a run are trained on."
     data: ClipTensors
     labels: np.ndarray # int, (N,)
-    parts: list # a dict a fold: train, val and test -> rows
+    parts: list # a dict per fold: train, val and test -> rows
     classes: int
 
     @classmethod
@@ -155,7 +155,7 @@ def _predictions(features, folds, pairs, members, config, run):
 
 # %% ../nbs/40_fusion.ipynb #ba20f0b3
 def _curves(members, pairs, run):
-    "Tables of validation loss and accuracy by epoch, one a network."
+    "Tables of validation loss and accuracy by epoch, one per network."
     tables, each = [], len(members.epoch) // len(pairs)
     epochs = np.arange(1, members.history['val_loss'].shape[1] + 1)
     for i in range(len(members.epoch)):
@@ -185,7 +185,7 @@ def _decisions(model, x):
 
 # %% ../nbs/40_fusion.ipynb #8b65f8fa
 def _pooled(data, fold):
-    "One vector a clip as a fold sees it, NaN where a modality is absent: (N, D)."
+    "One vector per clip as a fold sees it, NaN where a modality is absent: (N, D)."
     rows = torch.arange(len(next(iter(data.mask.values()))))[None]
     x, mask = data(torch.tensor([fold]), rows)
     return np.concatenate([np.where(mask[m][0], x[m][0, :, 0], np.nan) for m in data.dims], axis=1)
@@ -274,7 +274,7 @@ def crossval(
     progress: bool = False, # show a bar where somebody watches
     return_history: bool = False, # give the learning curves too
     **options, # of CrossvalSettings and FusionClassifier, such as seed, grid, epochs
-): # `predictions` of the val and test parts; with `return_history` a pair, the second a row a network and epoch
+): # `predictions` of the val and test parts; with `return_history` a pair, the second with a row per network and epoch
     "Cross-validate heads on sets of modalities."
     check_features(features)
     if features.split is None:
@@ -334,7 +334,7 @@ def cut_clips(
     features: Features, # whole videos, with `times`
     length: float = 4., # s
     stride: float = 2., # s
-) -> Features: # a row a window in which there is a token
+) -> Features: # a row per window in which there is a token
     "Cut the sequences of videos into clips of their own."
     last = np.max([np.where(mask, features.times[m], 0).max(1) for m, mask in features.masks.items()], axis=0)
     begins = [np.arange(0, max(end - length, 0) + stride, stride) for end in last]
@@ -348,13 +348,13 @@ def cut_clips(
 
 # %% ../nbs/40_fusion.ipynb #8dea0c18
 def compare_protocols(
-    features: Features, # several clips a video
+    features: Features, # several clips per video
     protocols=('leaky_snippet', 'grouped_5fold'), # the first is compared with the second
     head: str = 'BinaryClassifier', # a key of HEADS
     metrics=('macro_f1', 'auroc'), # names
     splits: pd.DataFrame | None = None, # SPLITS
     **params, # of `crossval`
-) -> pd.DataFrame: # a row a metric: a (the first protocol), b, delta, low, high, p
+) -> pd.DataFrame: # a row per metric: a (the first protocol), b, delta, low, high, p
     "The same head on the same clips, dealt in two ways; interval by video."
     together = [list(features.arrays)]
     tables = [crossval(with_protocol(features, p, splits), head, together, **params).assign(run=p, fold=0)
@@ -384,7 +384,7 @@ def val_losses(
 def choose_runs(
     predictions: pd.DataFrame, # from `crossval`, several heads
     name: str = 'Chosen', # head in the new runs' names
-) -> pd.DataFrame: # `predictions`: a run a set of modalities
+) -> pd.DataFrame: # `predictions`: a run per set of modalities
     "In each fold, the head with the least validation loss."
     best = val_losses(predictions).groupby(['modalities', 'fold'], sort=False).idxmin()
     kept = []
@@ -475,8 +475,8 @@ def best_head(
 # %% ../nbs/40_fusion.ipynb #d671abc4
 def stage_features(
     run_dir: str | Path, # a run
-    finetuned: str = '', # name of a fine-tuning; '': the one store that all folds share
-) -> list: # Features; one, or one a fold
+    finetuned: str = '', # name of a fine-tuning run; '': the one store that all folds share
+) -> list: # Features; one, or one per fold
     "Read the features that a run's heads are trained on."
     if not finetuned: return [read_features(run_dir)]
     from hatemm_clip.finetune import read_folds
@@ -497,7 +497,7 @@ def fit_run_bundle(
     run_dir: str | Path, # gets bundle/
     features: Features, # that all folds share
     head: str, # a key of HEADS
-    finetuned: str = '', # name of a fine-tuning; its `single` encoder goes into the bundle
+    finetuned: str = '', # name of a fine-tuning run; its `single` encoder goes into the bundle
     **params, # of `fit_bundle`
 ) -> FusionClassifier: # fitted and calibrated
     "Train and write the bundle of a run, with the encoder if that is the run's own."
@@ -527,7 +527,7 @@ def run_fusion(
     seeds: int = 10, # networks per fold
     seed: int = 0, # the first of them, and that of the bundle
     bundle: bool = True, # write a bundle too
-    finetuned: str = '', # name of a fine-tuning; '': features.lance
+    finetuned: str = '', # name of a fine-tuning run; '': features.lance
     **params, # of `crossval` and FusionClassifier, such as epochs and threshold
 ) -> pd.DataFrame: # predictions
     "Run the stage: cross-validate, write the predictions, train the bundle."

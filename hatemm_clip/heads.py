@@ -38,7 +38,7 @@ class TokenInputs(nn.Module):
     def __init__(self, dims): # modality -> D
         super().__init__()
         self.dims = dict(dims)
-        self.learned = set(dims)  # modalities whose absent vector is trained
+        self.learned = set(dims)  # whose absent vector is trained; 36_members narrows it to those absent somewhere
         self.absent = nn.ParameterDict({m: nn.Parameter(torch.zeros(d)) for m, d in dims.items()})
         for m, d in dims.items():
             self.register_buffer(f'mean_{m}', torch.zeros(d))
@@ -61,7 +61,7 @@ class TokenInputs(nn.Module):
 
 # %% ../nbs/34_heads.ipynb #11896395
 class Dropout(nn.Module):
-    "Dropout that draws a byte a unit; the share is rounded to 1/256."
+    "Dropout that draws a byte per unit; the share is rounded to 1/256."
     def __init__(self, share): # of units set to 0 in training, 0 to 1
         super().__init__()
         self.cut = round(256 * share)
@@ -104,7 +104,7 @@ class Head(nn.Module):
 # %% ../nbs/34_heads.ipynb #5d3a420f
 def pool_features(
     features: Features, # padded tokens
-) -> Features: # one token a clip, their mean
+) -> Features: # one token per clip, their mean
     "Masked means, kept as sequences of one."
     arrays, masks = {}, {}
     for m, x in features.arrays.items():
@@ -220,7 +220,7 @@ def _fixed_token(clip_id, mask): # bool (T,)
 # %% ../nbs/34_heads.ipynb #861afd7d
 def pick_frames(
     features: Features, # padded tokens
-) -> Features: # one token a clip
+) -> Features: # one token per clip
     "Keep one fixed token of each clip and modality."
     arrays, masks, rows = {}, {}, np.arange(len(features))
     for m, x in features.arrays.items():
@@ -279,7 +279,7 @@ class LinearProbe(Head):
 
 # %% ../nbs/34_heads.ipynb #cbb25291
 class LateFusion(Head):
-    "A classifier a modality; logits averaged with learned weights."
+    "A classifier per modality; logits averaged with learned weights."
     prepare = staticmethod(pool_features)
 
     def build(self, dims, n_classes, hidden):
@@ -315,8 +315,8 @@ class GatedFusion(Head):
         names = list(self.inputs.dims)
         clips, device = len(mask[names[0]]), mask[names[0]].device
         chance = torch.rand(clips, len(names), device=device)
-        last = chance == chance.amax(1, keepdim=True)  # one always stays
-        kept = (chance >= _MODALITY_DROPOUT) | last
+        spared = chance == chance.amax(1, keepdim=True)  # one always stays
+        kept = (chance >= _MODALITY_DROPOUT) | spared
         return {m: mask[m] & kept[:, i:i + 1] for i, m in enumerate(names)}
 
     def fuse(self, tokens, mask):

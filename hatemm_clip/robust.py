@@ -24,7 +24,7 @@ from .base import InputError, PREDICTIONS, progress, write_json, write_table
 from .metrics import apply_temperature, interval
 from .compare import difference, Resampled
 from .features import check_features, check_training, Features, read_features, sort_modalities
-from .members import ClipTensors, Member, predict_members, take_members, train_members
+from .members import ClipTensors, MemberPlan, predict_members, take_members, train_members
 from .classifier import bagged_threshold, choose_calibration, FusionClassifier, join_features
 from .fusion import run_name
 from .corruption import corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, parse_condition
@@ -191,12 +191,12 @@ def _stack_of_fold(plan, k):
 
 # %% ../nbs/50_robust.ipynb #4c3e4438
 def _members(plan, k, recipe):
-    "What the networks of one fold and recipe are trained on, a Member a seed."
+    "What the networks of one fold and recipe are trained on, a MemberPlan per seed."
     config, parts = plan.settings.classifier(), plan.features.split[k]
     def pick(part, seed):
         rows, labels = np.flatnonzero(parts == part), plan.features.labels
         return recipe_rows(recipe, rows, labels, plan.conditions, plan.settings.clean_ratio, seed)
-    return [Member(pick('train', s), pick('val', s), s, 0, config.lr, config.weight_decay)
+    return [MemberPlan(pick('train', s), pick('val', s), s, 0, config.lr, config.weight_decay)
             for s in plan.seeds.tolist()]
 
 # %% ../nbs/50_robust.ipynb #51ba5c71

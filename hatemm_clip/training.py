@@ -55,7 +55,7 @@ def check_parts(
 # %% ../nbs/28_training.ipynb #b4c5d23d
 @dataclass
 class Session:
-    "A fine-tuning under way."
+    "A fine-tuning run under way."
     model: ClipClassifier
     config: FinetuneConfig
     data: ClipData
@@ -305,6 +305,23 @@ def memory_advice(
         raise InputError(f"out of memory with batch_size {config.batch_size} in {config.accumulate} micro-batches, "
                          f"{config.num_frames} frames a clip, mode {config.mode}; {_ways_to_save(config)}") from e
 
+# %% ../nbs/28_training.ipynb #7c5d41af
+def _digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+# %% ../nbs/28_training.ipynb #6a6c4673
+def _key(data, rows, config, encoder):
+    "What a result depends on."
+    every, free = np.concatenate(rows), {'checkpointing', 'keep'}
+    if not config.contrastive: free.add('accumulate')
+    at = lambda column: None if column is None else column[every].tolist()
+    pixels = at(data.hashes) or hashlib.sha256(np.ascontiguousarray(data.frames[every])).hexdigest()
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    return dict(
+        settings, keywords=list(config.keywords), base_sha256=encoder.weights_sha256[:16],
+        clips=_digest(at(data.ids), at(data.labels), len(rows[0])),
+        frames=_digest(pixels, at(data.times), at(data.counts), data.frames.shape[1:], encoder.preprocess),
+        texts=_digest([data.windows[r] for r in every]))
+
 # %% ../nbs/28_training.ipynb #121dfabc
 def save_state(
     path: Path, # .safetensors
@@ -357,29 +374,12 @@ def load_state(
     if meta['scaler']: session.scaler.load_state_dict(meta['scaler'])
     return meta['epoch'], meta['history']
 
-# %% ../nbs/28_training.ipynb #7c5d41af
-def _digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-# %% ../nbs/28_training.ipynb #6a6c4673
-def _key(data, rows, config, encoder):
-    "What a result depends on."
-    every, free = np.concatenate(rows), {'checkpointing', 'keep'}
-    if not config.contrastive: free.add('accumulate')
-    at = lambda column: None if column is None else column[every].tolist()
-    pixels = at(data.hashes) or hashlib.sha256(np.ascontiguousarray(data.frames[every])).hexdigest()
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    return dict(
-        settings, keywords=list(config.keywords), base_sha256=encoder.weights_sha256[:16],
-        clips=_digest(at(data.ids), at(data.labels), len(rows[0])),
-        frames=_digest(pixels, at(data.times), at(data.counts), data.frames.shape[1:], encoder.preprocess),
-        texts=_digest([data.windows[r] for r in every]))
-
 # %% ../nbs/28_training.ipynb #f500758a
 @dataclass
 class Finetuned:
-    "A finished fine-tuning."
+    "A finished fine-tuning run."
     folder: Path # a checkpoint, the best; holds epoch_NNN/ and history.json too
-    history: pd.DataFrame # a row an epoch: losses, metrics, lr, seconds, clips and images a second, memory
+    history: pd.DataFrame # a row per epoch: losses, metrics, lr, seconds, clips and images per second, memory
     data: dict # the summary of what it was made from
     parameters: dict # trained numbers by tower
     untrained: list # towers that had nothing to train on
@@ -399,7 +399,7 @@ def _finetuned(folder, done, found=False):
 
 # %% ../nbs/28_training.ipynb #22c593ab
 def _about(session, encoder):
-    "What config.json says of every checkpoint of a fine-tuning."
+    "What config.json says of every checkpoint of a fine-tuning run."
     from hatemm_clip import __version__
     s, names = session, trainable_parameters(session.model.clip)
     sizes = {n: p.numel() for n, p in s.model.clip.named_parameters()}

@@ -12,7 +12,7 @@ from hatemm_clip.features import read_features
 from hatemm_clip.heads import HEADS, LEFT_OUT, fitting_heads, make_head, pool_features
 from hatemm_clip.fusion import REFERENCES, best_head, blend_runs, choose_runs, combine_heads, compare_protocols, crossval, crossval_folds, cut_clips, modality_sets, run_name, val_losses, with_protocol
 from hatemm_clip.classifier import FusionClassifier, explain, load_bundle, save_bundle
-from hatemm_clip.members import ClipTensors, Member, TrainSettings, predict_members, take_members, train_members
+from hatemm_clip.members import ClipTensors, MemberPlan, TrainSettings, predict_members, take_members, train_members
 from hatemm_clip.compare import accuracy_by, compare_heads, plot_heads
 from hatemm_clip.bench import bench_fusion
 from hatemm_clip.features import make_features, tfidf_features
@@ -86,7 +86,7 @@ def test_batched_is_one_by_one(data, name, monkeypatch):
     monkeypatch.setattr('hatemm_clip.heads._MODALITY_DROPOUT', 0.)
     rows = ClipTensors(HEADS[name].prepare(without_text(data, [2, 5, 40])))
     parts = [{p: np.flatnonzero(s == p) for p in ('train', 'val', 'test')} for s in data.split[:2]]
-    members = [Member(f['train'][:35 - 9 * k], f['val'][:9 + k], s, k, lr=1e-3 * (k + 1)) for k, f in enumerate(parts) for s in (0, 1)]
+    members = [MemberPlan(f['train'][:35 - 9 * k], f['val'][:9 + k], s, k, lr=1e-3 * (k + 1)) for k, f in enumerate(parts) for s in (0, 1)]
     together, alone = train_members(rows, data.labels, members, settings), [train_members(rows, data.labels, [m], settings) for m in members]
     np.testing.assert_array_equal(together.epoch, [a.epoch[0] for a in alone])
     test = np.stack([parts[m.fold]['test'][:11] for m in members])
@@ -134,7 +134,7 @@ def test_batches_of_any_size_give_the_same_answer(models, data, name):
 
 
 def test_history_holds_every_epoch(data):
-    members = train_members(ClipTensors(data), data.labels, [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)], SETTINGS)
+    members = train_members(ClipTensors(data), data.labels, [MemberPlan(np.arange(40), np.arange(40, 60), s) for s in range(3)], SETTINGS)
     loss = members.history['val_loss']
     assert loss.shape == (3, 4) and np.nanmin(loss, axis=1) == pytest.approx(members.val_loss)
     assert [np.nanargmin(row) + 1 for row in loss] == members.epoch.tolist()
@@ -143,7 +143,7 @@ def test_history_holds_every_epoch(data):
 
 def test_a_start_goes_on(data):
     "The last epoch counts, the networks are those of the start, and the start itself stays as it was."
-    rows, plan = ClipTensors(data), [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)]
+    rows, plan = ClipTensors(data), [MemberPlan(np.arange(40), np.arange(40, 60), s) for s in range(3)]
     begun = train_members(rows, data.labels, plan, SETTINGS)
     before, more = begun.params.clone(), [dataclasses.replace(m, train=np.arange(5, 45), val=np.arange(0)) for m in plan]
     longer = train_members(rows, data.labels, more, dataclasses.replace(SETTINGS, epochs=3), start=begun)
@@ -154,7 +154,7 @@ def test_a_start_goes_on(data):
 
 
 def test_more_members_than_one_block(data, monkeypatch):
-    rows, plan = ClipTensors(data), [Member(np.arange(40), np.arange(40, 60), s) for s in range(3)]
+    rows, plan = ClipTensors(data), [MemberPlan(np.arange(40), np.arange(40, 60), s) for s in range(3)]
     whole = train_members(rows, data.labels, plan, SETTINGS)
     monkeypatch.setattr('hatemm_clip.members._MOST_MEMBERS', 2)
     np.testing.assert_allclose(train_members(rows, data.labels, plan, SETTINGS).params, whole.params, atol=1e-4)
