@@ -275,7 +275,7 @@ BENCHES = {
 def bench(name: str = typer.Argument(..., help=f"One of {', '.join(BENCHES)}."), json_file: str = JSON):
     "Measure this machine, side by side, as ratios."
     from importlib import import_module
-    from hatemm_clip.pipeline import one_of
+    from hatemm_clip.stages import one_of
     module, function = BENCHES[one_of(name, BENCHES, 'bench')]
     result = getattr(import_module(f'hatemm_clip.{module}'), function)()
     _emit(result, json_file)

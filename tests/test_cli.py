@@ -1,4 +1,4 @@
-"The `hatemm` command: answers at once, tells bad input in one line, leaves nothing half-written."
+"The `hatemm` command: answers at once, reports bad input in one line, leaves nothing half-written."
 import json
 import os
 import shutil
@@ -34,14 +34,14 @@ def test_version(hatemm):
     assert done.returncode == 0 and done.stdout.strip() == version('hatemm_clip')
 
 
-@pytest.mark.parametrize('text,told', [
+@pytest.mark.parametrize('text, message', [
     ('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected an int'), ('- 1\n', 'holds a list'),
     ('stages: [00_data]\naudio: mfcc\n', 'which this run leaves out'), ('30_finetune: {lr: 1}\n', 'add it to stages'),
     ('40_fusion: {finetuned: lora}\n', 'which makes it, is left out'), ('00_data: {split: published}\n', 'comes without one'),
     ('10_asr:\n  modle: base\n', "did you mean 'model'"), ('10_asr: base\n', "10_asr is 'base'"), ('stages: [[00_data]]\n', 'is unknown')])
-def test_bad_parameters(hatemm, tmp_path, text, told):
+def test_bad_parameters(hatemm, tmp_path, text, message):
     (tmp_path/'p.yml').write_text(text)
-    assert told in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
+    assert message in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
     assert not (tmp_path/'out').exists()
 
 

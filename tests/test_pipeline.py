@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from hatemm_clip.pipeline import USUAL_STAGES
+from hatemm_clip.stages import USUAL_STAGES
 
 HATEMM = [sys.executable, '-m', 'hatemm_clip']
 

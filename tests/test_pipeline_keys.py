@@ -14,8 +14,9 @@ from conftest import ROOT
 
 from hatemm_clip import keys, pipeline
 from hatemm_clip.base import InputError
-from hatemm_clip.keys import fingerprint, missing_names, stage_cells, stage_parameters
-from hatemm_clip.pipeline import STAGES, plan_run, read_params, run_pipeline
+from hatemm_clip.keys import fingerprint
+from hatemm_clip.pipeline import plan_run, run_pipeline
+from hatemm_clip.stages import STAGES, missing_names, read_params, stage_cells, stage_parameters
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"
 ANNOTATION = 'video_file_name,label,hate_snippet,target\nhate_video_1.mp4,Hate,"[[\'00:00:00\', \'00:00:{}\']]",Others\n'
@@ -39,7 +40,7 @@ def execute_here(notebook, page, parameters):
         for cell in (c for c in nb.cells if c.cell_type == 'code'):
             exec(cell.source, space)
             if 'parameters' in cell.metadata.get('tags', []): space.update(parameters)
-    except Exception as e: pipeline._fail(f'{type(e).__name__}: {e}')
+    except Exception as e: pipeline.refuse(f'{type(e).__name__}: {e}')
     finally: nbformat.write(nb, page)
     page.with_name('.given.json').write_text(json.dumps(parameters))
     given.update({page.stem: parameters})
@@ -51,7 +52,7 @@ given = {}  # stage → parameters of its last run
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    "A folder with the notebooks of all stages and a params file; gives a function that runs it and tells what ran."
+    "A folder with the notebooks of all stages and a params file; gives a function that runs it and says what ran."
     for folder in ('nbs/params', 'data/hate_videos', 'elsewhere'): (tmp_path/folder).mkdir(parents=True)
     for stage in STAGES: write_stage(tmp_path/f'nbs/{stage}.ipynb')
     (tmp_path/'data/HateMM_annotation.csv').write_text(ANNOTATION.format(10))
