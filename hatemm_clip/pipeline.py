@@ -198,7 +198,7 @@ def _summary(nb):
     printed = [o.text for o in outputs if o.output_type == 'stream' and o.name == 'stdout']
     return printed[-1].strip().splitlines()[-1] if printed and printed[-1].strip() else ''
 
-# %% ../nbs/95_pipeline.ipynb #3affb0b6
+# %% ../nbs/95_pipeline.ipynb #684619ee
 def _execute(notebook, page, parameters):
     "Run a stage and leave its page; returns its summary line."
     import nbformat
@@ -209,6 +209,7 @@ def _execute(notebook, page, parameters):
     with tempfile.TemporaryDirectory() as sockets, _ctrl_c_ends(file):
         manager = dict(transport='ipc', ip=f'{sockets}/kernel', connection_file=str(file))  # files, no open ports
         options = dict(cwd=str(notebook.parent), kernel_name='python3', progress_bar=False,
+                       extra_arguments=['--IPKernelApp.log_level=CRITICAL'],
                        stderr_file=_terminal(), config=Config(KernelManager=manager))
         try: papermill.execute_notebook(stage_notebook(notebook), str(page), parameters, **options)
         except papermill.PapermillExecutionError as e:
