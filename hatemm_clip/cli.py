@@ -225,7 +225,7 @@ def crossval(
     tests: bool = typer.Option(
         False, '--tests', help='Also test each run against the first: permutation, DeLong, McNemar, Nadeau-Bengio.'),
     out: str = typer.Option(
-        None, help='Write the predictions to this .parquet file, and a picture beside it; for a run, RUN/crossval.parquet.'),
+        None, help='A .parquet file for the predictions, a picture goes beside it; for a run, RUN/crossval.parquet.'),
     json_file: str = JSON,
 ):
     "Cross-validate fusion heads over the given folds."
