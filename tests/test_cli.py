@@ -90,13 +90,28 @@ def test_annotations_are_not_evaluated(hatemm, tmp_path):
     assert not trap.exists()
 
 
-def test_crossval_on_a_file_of_your_own(hatemm, tmp_path):
+@pytest.fixture
+def own_features(tmp_path):
+    "A file of 60 clips of one modality, which knows the label."
     import numpy as np
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     split = np.stack([np.where(np.arange(60)//2 % 5 == k, 'test', np.where(np.arange(60)//2 % 5 == (k + 1) % 5, 'val', 'train')) for k in range(5)])
     np.savez(tmp_path/'own.npz', ids=np.array([f'v{i}' for i in range(60)]), labels=labels, split=split, voice=rng.normal(size=(60, 6)) + 2*labels[:, None])
-    done = hatemm('crossval', tmp_path/'own.npz', '--seeds', '2', '--json', tmp_path/'r.json')
+    return tmp_path/'own.npz'
+
+
+def test_crossval_on_a_file_of_your_own(hatemm, tmp_path, own_features):
+    done = hatemm('crossval', own_features, '--seeds', '2', '--json', tmp_path/'r.json')
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path/'r.json').read_text())['BinaryClassifier']['voice']['auroc']
-    assert {'mean', 'sd_seeds', 'low', 'high'} <= result.keys() and result['mean'] > .9
+    found = json.loads((tmp_path/'r.json').read_text())
+    result = found['BinaryClassifier']['voice']['auroc']
+    assert {'mean', 'sd_seeds', 'low', 'high'} <= result.keys() and result['mean'] > .9 and 'tests' not in found
+
+
+def test_crossval_with_tests(hatemm, own_features):
+    done = hatemm('crossval', own_features, '--head', 'MeanLinear,LogisticRegression', '--seeds', '2', '--tests', '--json', '-')
+    assert done.returncode == 0, done.stderr
+    tests = json.loads(done.stdout)['tests']
+    assert 'LogisticRegression:voice' in tests and {'permutation', 'delong', 'mcnemar', 'corrected_t'} <= tests['LogisticRegression:voice'].keys()
+    assert 'one run only' in one_line_error(hatemm('crossval', own_features, '--seeds', '2', '--tests'))
