@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAGS', 'CLIPS', 'SPLITS', 'TRANSCRIPTS', 'PREDICTIONS', 'PREDICTIONS_BY_CLASS', 'SCHEMA_VERSION', 'InputError',
            'first_line', 'reason_of', 'check_failures', 'progress', 'cell_flag', 'notebook_files', 'stored_outputs',
-           'show_stored', 'leave_out_flagged', 'beside_notebooks', 'remove', 'write_atomic', 'write_text', 'write_json',
+           'show_stored', 'notebook_home', 'leave_out_flagged', 'remove', 'write_atomic', 'write_text', 'write_json',
            'read_json', 'store_lock', 'no_room', 'write_table', 'read_table', 'file_sha256', 'table_hash', 'short_hash',
            'Run']
 
@@ -126,12 +126,22 @@ def _send(output):
     if output['output_type'] == 'stream': print(output['text'], end='')
     elif 'data' in output: display(output['data'], metadata=output['metadata'], raw=True)
 
+# %% ../nbs/000_base.ipynb #3f1c7a08
+def notebook_home() -> Path | None: # None: this kernel's notebook is another project's, or installed
+    "The folder in which this kernel's notebook, one of this project, expects to work."
+    from importlib.util import find_spec
+    clone = Path(find_spec('hatemm_clip').submodule_search_locations[0]).parent/'nbs'
+    folder = next((p.parent for p in notebook_files()), clone)
+    return folder.absolute() if (folder/'00_data.ipynb').is_file() else None
+
 # %% ../nbs/000_base.ipynb #3f1c7a06
 def leave_out_flagged():
-    "In Jupyter, leave out flagged cells, unless the environment's HATEMM_CELLS names their flag."
+    "In Jupyter, work beside the notebook, and leave out flagged cells unless HATEMM_CELLS names their flag."
     from IPython import get_ipython
     shell = get_ipython()
     if shell is None: return
+    home = notebook_home() if hasattr(shell, 'kernel') else None
+    if home: os.chdir(home)
     for path in notebook_files()[:1]: _remember(path)
 
     def leave_out(lines):
@@ -140,18 +150,6 @@ def leave_out_flagged():
         return [f"__import__('sys').modules[{__name__!r}].show_stored({''.join(lines)!r})\n"]
     others = [t for t in shell.input_transformers_cleanup if getattr(t, '__name__', '') != 'leave_out']
     shell.input_transformers_cleanup[:] = [*others, leave_out]
-
-# %% ../nbs/000_base.ipynb #3f1c7a08
-def beside_notebooks(
-    path: str | Path, # a default, such as ../demo_data, or a path of one's own
-) -> Path: # absolute where it begins with ..
-    "Where a folder that begins with `..` lies: beside the notebooks of this clone."
-    from importlib.util import find_spec
-    path, clone = Path(path), Path(find_spec('hatemm_clip').submodule_search_locations[0]).parent/'nbs'
-    if path.is_absolute() or path.parts[:1] != ('..',) or (Path()/'00_data.ipynb').is_file(): return path
-    named = [p.parent for p in notebook_files()[:1] if (p.parent/'00_data.ipynb').is_file()]
-    home = next((p for p in (*named, clone) if (p/'00_data.ipynb').is_file()), Path())
-    return Path(os.path.normpath(home.absolute()/path))
 
 # %% ../nbs/000_base.ipynb #c9733194
 def remove(

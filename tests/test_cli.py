@@ -1,4 +1,4 @@
-"The `hatemm` command: answers at once, tells bad input in one line, leaves nothing half-written."
+"The `hatemm` command: answers at once, reports bad input in one line, leaves nothing half-written."
 import json
 import os
 import shutil
@@ -34,14 +34,14 @@ def test_version(hatemm):
     assert done.returncode == 0 and done.stdout.strip() == version('hatemm_clip')
 
 
-@pytest.mark.parametrize('text,told', [
+@pytest.mark.parametrize('text, message', [
     ('sede: 3\n', "did you mean 'seed'"), ('seed: many\n', 'expected an int'), ('- 1\n', 'holds a list'),
     ('stages: [00_data]\naudio: mfcc\n', 'which this run leaves out'), ('30_finetune: {lr: 1}\n', 'add it to stages'),
     ('40_fusion: {finetuned: lora}\n', 'which makes it, is left out'), ('00_data: {split: published}\n', 'comes without one'),
     ('10_asr:\n  modle: base\n', "did you mean 'model'"), ('10_asr: base\n', "10_asr is 'base'"), ('stages: [[00_data]]\n', 'is unknown')])
-def test_bad_parameters(hatemm, tmp_path, text, told):
+def test_bad_parameters(hatemm, tmp_path, text, message):
     (tmp_path/'p.yml').write_text(text)
-    assert told in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
+    assert message in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'out'))
     assert not (tmp_path/'out').exists()
 
 
@@ -90,13 +90,28 @@ def test_annotations_are_not_evaluated(hatemm, tmp_path):
     assert not trap.exists()
 
 
-def test_crossval_on_a_file_of_your_own(hatemm, tmp_path):
+@pytest.fixture
+def own_features(tmp_path):
+    "A file of 60 clips of one modality, which knows the label."
     import numpy as np
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     split = np.stack([np.where(np.arange(60)//2 % 5 == k, 'test', np.where(np.arange(60)//2 % 5 == (k + 1) % 5, 'val', 'train')) for k in range(5)])
     np.savez(tmp_path/'own.npz', ids=np.array([f'v{i}' for i in range(60)]), labels=labels, split=split, voice=rng.normal(size=(60, 6)) + 2*labels[:, None])
-    done = hatemm('crossval', tmp_path/'own.npz', '--seeds', '2', '--json', tmp_path/'r.json')
+    return tmp_path/'own.npz'
+
+
+def test_crossval_on_a_file_of_your_own(hatemm, tmp_path, own_features):
+    done = hatemm('crossval', own_features, '--seeds', '2', '--json', tmp_path/'r.json')
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path/'r.json').read_text())['BinaryClassifier']['voice']['auroc']
-    assert {'mean', 'sd_seeds', 'low', 'high'} <= result.keys() and result['mean'] > .9
+    found = json.loads((tmp_path/'r.json').read_text())
+    result = found['BinaryClassifier']['voice']['auroc']
+    assert {'mean', 'sd_seeds', 'low', 'high'} <= result.keys() and result['mean'] > .9 and 'tests' not in found
+
+
+def test_crossval_with_tests(hatemm, own_features):
+    done = hatemm('crossval', own_features, '--head', 'MeanLinear,LogisticRegression', '--seeds', '2', '--tests', '--json', '-')
+    assert done.returncode == 0, done.stderr
+    tests = json.loads(done.stdout)['tests']
+    assert 'LogisticRegression:voice' in tests and {'permutation', 'delong', 'mcnemar', 'corrected_t'} <= tests['LogisticRegression:voice'].keys()
+    assert 'one run only' in one_line_error(hatemm('crossval', own_features, '--seeds', '2', '--tests'))

@@ -4,7 +4,7 @@ from conftest import ROOT
 from demo import copy_run, execute, small_corpus
 
 from hatemm_clip.base import Run
-from hatemm_clip.keys import stage_parameters
+from hatemm_clip.stages import stage_parameters
 from hatemm_clip.pipeline import STAGES
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))

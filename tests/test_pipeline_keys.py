@@ -14,8 +14,9 @@ from conftest import ROOT
 
 from hatemm_clip import keys, pipeline
 from hatemm_clip.base import InputError
-from hatemm_clip.keys import fingerprint, missing_names, stage_cells, stage_parameters
-from hatemm_clip.pipeline import STAGES, plan_run, read_params, run_pipeline
+from hatemm_clip.keys import fingerprint
+from hatemm_clip.pipeline import plan_run, run_pipeline
+from hatemm_clip.stages import STAGES, missing_names, read_params, stage_cells, stage_parameters
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"
 ANNOTATION = 'video_file_name,label,hate_snippet,target\nhate_video_1.mp4,Hate,"[[\'00:00:00\', \'00:00:{}\']]",Others\n'
@@ -39,7 +40,7 @@ def execute_here(notebook, page, parameters):
         for cell in (c for c in nb.cells if c.cell_type == 'code'):
             exec(cell.source, space)
             if 'parameters' in cell.metadata.get('tags', []): space.update(parameters)
-    except Exception as e: pipeline._fail(f'{type(e).__name__}: {e}')
+    except Exception as e: pipeline.refuse(f'{type(e).__name__}: {e}')
     finally: nbformat.write(nb, page)
     page.with_name('.given.json').write_text(json.dumps(parameters))
     given.update({page.stem: parameters})
@@ -51,7 +52,7 @@ given = {}  # stage → parameters of its last run
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    "A folder with the notebooks of all stages and a params file; gives a function that runs it and tells what ran."
+    "A folder with the notebooks of all stages and a params file; gives a function that runs it and says what ran."
     for folder in ('nbs/params', 'data/hate_videos', 'elsewhere'): (tmp_path/folder).mkdir(parents=True)
     for stage in STAGES: write_stage(tmp_path/f'nbs/{stage}.ipynb')
     (tmp_path/'data/HateMM_annotation.csv').write_text(ANNOTATION.format(10))
@@ -189,6 +190,16 @@ def test_rows_are_kept_where_only_inputs_are_others(project, tmp_path):
     assert table() == '0'  # another make of rows
 
 
+def test_the_old_page_stays_while_rows_go_on(project, tmp_path):
+    write_stage(tmp_path/'nbs/10_asr.ipynb', "path.write_text('rows')")
+    project()
+    old = (tmp_path/'run/10_asr.ipynb').read_bytes()
+    write_stage(tmp_path/'nbs/00_data.ipynb', "path.write_text('others')")
+    project()
+    assert (tmp_path/'run/.previous/10_asr/10_asr.ipynb').read_bytes() == old
+    assert not (tmp_path/'run/.previous/10_asr/10_asr.ipynb').samefile(tmp_path/'run/10_asr.ipynb')
+
+
 def test_what_was_half_made_goes_on(project, tmp_path):
     rows = "done = path.with_suffix('.journal')\nbefore = done.read_text() if done.exists() else ''\ndone.write_text(before + 'row ')"
     stop = "import os\nif not os.path.exists('go'): raise OSError('killed')\npath.write_text(done.read_text())\ndone.unlink()"
@@ -200,7 +211,7 @@ def test_what_was_half_made_goes_on(project, tmp_path):
     assert (tmp_path/'run/transcripts.parquet').read_text() == 'row row row '
 
 
-SLOW = "import time\nfor i in range(20):\n    with open(path, 'a') as f: f.write(f'{batch_size} ')\n    time.sleep(.01)"
+SLOW = "import time\nfor i in range(20):\n    with open(path, 'a') as f: f.write(f'{batch_size} ')\n    time.sleep(1. if batch_size == 10 else .01)"
 BUNDLE = "folder = path.with_name('bundle')\nfolder.mkdir(exist_ok=True)\nfor name in ('config.json', 'model.bin'): (folder/name).write_text(str(batch_size))"
 
 
@@ -211,25 +222,43 @@ def whole_result(out):
     return int(written.pop())
 
 
+def wait_until(ready, limit=120):
+    began = time.monotonic()
+    while not ready():
+        assert time.monotonic() - began < limit
+        time.sleep(.001)
+
+
+def start_child(work):
+    "Fork a process that does some work."
+    child = os.fork()
+    if child: return child
+    try: work()
+    except BaseException: os._exit(1)
+    os._exit(0)
+
+
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_ten_moments(project, tmp_path, how):
     write_stage(tmp_path/'nbs/40_fusion.ipynb', 'path.write_text("")', SLOW, BUNDLE)
-    stages, draw, seen = '00_data, 10_asr, 20_embed, 40_fusion', random.Random(0), []
-    project(stages=stages)
+    make = lambda size: project(f'40_fusion: {{batch_size: {size}}}\n', stages='00_data, 10_asr, 20_embed, 40_fusion')
+    key = lambda: json.loads((tmp_path/'run/run.json').read_text())['stages']['40_fusion']['key']
+    make(8)
+    began = time.perf_counter()
+    make(9)
+    seconds, seen, draw = time.perf_counter() - began, [9], random.Random(0)
     for turn in range(10):
-        size = 10 + turn
-        child = os.fork()
-        if not child:
-            try: project(f'40_fusion: {{batch_size: {size}}}\n', stages=stages)
-            except BaseException: os._exit(1)
-            os._exit(0)
-        time.sleep(draw.uniform(.1, .9))
+        size, before = 10 + turn, key()
+        child = start_child(lambda: make(size))
+        if turn < 9: time.sleep(seconds*(turn + draw.random())/7)  # from the beginning to past the usual end
+        else: wait_until(lambda: key() != before)  # the new result is just in its place
         os.kill(child, how)
         os.waitpid(child, 0)
         seen.append(whole_result(tmp_path/'run'))
-        assert seen[-1] in (size, *seen[-2:-1], 8)
-    project('40_fusion: {batch_size: 99}\n', stages=stages)
-    assert whole_result(tmp_path/'run') == 99 and len(set(seen)) > 1
+        assert seen[-1] in (size, seen[-2])
+    assert seen[1] == 9 and seen[-1] == 19  # the first is slow, and was killed before its end
+    make(99)
+    assert whole_result(tmp_path/'run') == 99
 
 
 def test_precision_is_decided_once(project, monkeypatch):

@@ -1,6 +1,9 @@
 "*Run All* keeps what flagged cells have given, in JupyterLab and wherever else a notebook runs."
+import shutil
+
 import nbformat
 import pytest
+from conftest import ROOT
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -49,13 +52,26 @@ def test_an_emptied_file_loses_nothing(tmp_path, monkeypatch):
     assert nb.cells[2].outputs == OUTPUTS[:1]
 
 
-def test_defaults_lie_beside_the_notebooks(tmp_path, monkeypatch):
-    from conftest import ROOT
+@pytest.mark.parametrize('known_by', ['JupyterLab', 'nothing'])
+def test_defaults_lie_beside_the_notebooks(tmp_path, monkeypatch, known_by):
+    "A kernel that was started elsewhere makes the run of the clone, not one beside its own folder."
+    clone, elsewhere = tmp_path/'clone', tmp_path/'some/where'
+    for folder in (clone/'nbs', elsewhere): folder.mkdir(parents=True)
+    shutil.copytree(ROOT/'hatemm_clip', clone/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('00_data', '20_embed'): shutil.copy(ROOT/f'nbs/{name}.ipynb', clone/'nbs')
+    cells = ['from hatemm_clip.base import leave_out_flagged\nfrom hatemm_clip.embed import demo_run', 'leave_out_flagged()',
+             "folder = demo_run('../runs/notebook', '../demo_data', 12)"]
+    monkeypatch.setenv('PYTHONPATH', str(clone))
+    monkeypatch.setenv('JPY_SESSION_NAME', str(clone/'nbs/20_embed.ipynb') if known_by == 'JupyterLab' else '')
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells])
+    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(elsewhere)))).execute()
+    assert (clone/'runs/notebook/features.lance').is_dir() and (clone/'demo_data/truth.json').is_file()
+    assert not list(elsewhere.iterdir()) and not (tmp_path/'some/runs').exists()
 
-    from hatemm_clip.base import beside_notebooks
-    monkeypatch.chdir(tmp_path)
-    assert beside_notebooks('../runs/notebook') == ROOT/'runs/notebook' and str(beside_notebooks('runs/mine')) == 'runs/mine'
-    (tmp_path/'nbs').mkdir()
-    (tmp_path/'nbs/00_data.ipynb').write_text('{}')
-    monkeypatch.chdir(tmp_path/'nbs')
-    assert beside_notebooks('../runs/notebook').resolve() == tmp_path/'runs/notebook'
+
+def test_a_kernel_of_another_project_stays_where_it_is(tmp_path):
+    nbformat.write(new_notebook(), tmp_path/'mine.ipynb')
+    cells = ['import os\nfrom hatemm_clip.base import leave_out_flagged', 'leave_out_flagged()', 'print(os.getcwd())']
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells])
+    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    assert nb.cells[-1].outputs[0].text.strip() == str(tmp_path.resolve())
