@@ -110,6 +110,20 @@ def _finetune_fold(data, splits, fold, folder, config, device, workers, log):
     with tensorboard_log(folder/'log') if log else contextlib.nullcontext() as on_epoch:
         return finetune(data, parts, folder, config, device, workers, info, on_epoch)
 
+# %% ../nbs/30_finetune.ipynb #be35e2dc
+def _print_summary(name, done, audited, seconds, cpu):
+    "What was made, and what it took; an encoder that was found finished has the seconds of its training."
+    total, counts = pd.DataFrame([d.summary() for d in done.values()]), next(iter(done.values())).data
+    found = sum(d.found for d in done.values())
+    print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)} ({found} found finished), {counts['clips']} clips "
+          f"({counts['without_frames']} without frames, {counts['without_text']} without text), "
+          f"{audited} folds audited")
+    memory = f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}"
+    print(f"trained {total.epochs.sum():.0f} epochs in {total.seconds.sum():.0f} s, "
+          f"{total.images_per_s.median():.0f} images/s, {memory}; with all else {seconds:.0f} s now")
+    for tower in sorted({t for d in done.values() for t in d.untrained}):
+        print(f"nothing to train the {tower} tower on: it stayed as it was")
+
 # %% ../nbs/30_finetune.ipynb #910a3174
 def run_finetune(
     run_dir: str | Path, # holds clips, transcripts and splits; gets finetune/NAME/ and features-NAME-….lance
@@ -139,17 +153,3 @@ def run_finetune(
         audited = len(read_folds(run, name)) if chosen != ['single'] else 0
         _print_summary(name, done, audited, time.perf_counter() - began, cpu)
     return done
-
-# %% ../nbs/30_finetune.ipynb #be35e2dc
-def _print_summary(name, done, audited, seconds, cpu):
-    "What was made, and what it took; an encoder that was found finished has the seconds of its training."
-    total, counts = pd.DataFrame([d.summary() for d in done.values()]), next(iter(done.values())).data
-    found = sum(d.found for d in done.values())
-    print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)} ({found} found finished), {counts['clips']} clips "
-          f"({counts['without_frames']} without frames, {counts['without_text']} without text), "
-          f"{audited} folds audited")
-    memory = f"{total.memory_mb.max():.0f} MB {'in the process' if cpu else 'of the GPU at most'}"
-    print(f"trained {total.epochs.sum():.0f} epochs in {total.seconds.sum():.0f} s, "
-          f"{total.images_per_s.median():.0f} images/s, {memory}; with all else {seconds:.0f} s now")
-    for tower in sorted({t for d in done.values() for t in d.untrained}):
-        print(f"nothing to train the {tower} tower on: it stayed as it was")

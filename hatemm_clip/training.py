@@ -303,7 +303,7 @@ def memory_advice(
         known = isinstance(e, torch.OutOfMemoryError) or re.search(r'not enough memory|alloc.{0,20}memory', str(e))
         if not known: raise
         raise InputError(f"out of memory with batch_size {config.batch_size} in {config.accumulate} micro-batches, "
-                         f"{config.num_frames} frames a clip, mode {config.mode}; {_ways_to_save(config)}") from e
+                         f"{config.num_frames} frames per clip, mode {config.mode}; {_ways_to_save(config)}") from e
 
 # %% ../nbs/28_training.ipynb #7c5d41af
 def _digest(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -353,8 +353,8 @@ def _same_key(folder, there, asked):
     "Stop where a folder holds something else than what is asked for."
     differs = [f"{k} {there.get(k)!r} there, {v!r} asked for" for k, v in asked.items() if there.get(k) != v]
     if differs:
-        raise InputError(f"{folder}: holds a fine-tuning with other settings or inputs ({'; '.join(differs)[:300]}); "
-                         "use another folder, or delete this one")
+        raise InputError(f"{folder}: holds a fine-tuning run with other settings or inputs "
+                         f"({'; '.join(differs)[:300]}); use another folder, or delete this one")
 
 # %% ../nbs/28_training.ipynb #f788b301
 def load_state(
