@@ -514,7 +514,7 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
 
 def test_random_vit_takes_steps():
     "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
-    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0., epochs=50), make_toy(4, size=224)
+    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0., epochs=50, lr=1e-5, head_lr=1e-4), make_toy(4, size=224)
     session = module.open_session(module.load_base(config), data, (np.arange(4), np.arange(2)), config, 'cpu')
     found = [module.train_epoch(session, epoch) for epoch in (1, 2, 3)]
     assert session.reached == {'image', 'text'} and found[-1] < found[0]
