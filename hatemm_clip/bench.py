@@ -518,9 +518,9 @@ def _one_frame_clips(data):
     return ClipData(ids, ids, data.labels[clip], frames, np.ones(len(clip), int), windows, data.label_names)
 
 # %% ../nbs/93_bench.ipynb #512d1448
-def _train_to_end(session, n, device):
+def _train_to_end(session, device):
     "An epoch, and all that a GPU still has to do for it."
-    train_epoch(session, 1, 0, 2*n)
+    train_epoch(session, 1)
     if device.startswith('cuda'): torch.cuda.synchronize()
 
 # %% ../nbs/93_bench.ipynb #17b792ae
@@ -531,7 +531,7 @@ def _time_epoch(data, config, device):
     for rows in (every[:2*config.batch_size], every):
         session.train = rows
         if device.startswith('cuda'): torch.cuda.synchronize()
-        turn = time_call(lambda: _train_to_end(session, len(data), device))
+        turn = time_call(lambda: _train_to_end(session, device))
     return turn.wall, peak_memory_mb(device)
 
 # %% ../nbs/93_bench.ipynb #6fa60904

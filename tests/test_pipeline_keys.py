@@ -16,6 +16,7 @@ from hatemm_clip import keys, pipeline
 from hatemm_clip.base import InputError
 from hatemm_clip.keys import fingerprint
 from hatemm_clip.pipeline import plan_run, run_pipeline
+from hatemm_clip.results import read_log, recover
 from hatemm_clip.stages import STAGES, missing_names, read_params, stage_cells, stage_parameters
 
 PARAMETERS = "run_dir: str = ''\ndata_dir: str = ''\ndataset: str = 'hatemm'\nsplit: str = 'grouped'\nfold: str = '0'\nlr: float = 0.1\nbatch_size: int = 8\n"
@@ -254,6 +255,7 @@ def test_killed_at_ten_moments(project, tmp_path, how):
         else: wait_until(lambda: key() != before)  # the new result is just in its place
         os.kill(child, how)
         os.waitpid(child, 0)
+        recover(tmp_path/'run', read_log(tmp_path/'run'))  # as the next run begins
         seen.append(whole_result(tmp_path/'run'))
         assert seen[-1] in (size, seen[-2])
     assert seen[1] == 9 and seen[-1] == 19  # the first is slow, and was killed before its end
