@@ -26,7 +26,8 @@ from hatemm_clip.base import (
     TRANSCRIPTS, InputError, check_failures, no_room, progress, read_table, store_lock, table_hash, write_table,
     write_text)
 from .engines import check_engine, ray_shares, read_ahead, start_ray
-from .media import SR, MediaError, read_audio
+from .media import MediaError
+from .sound import read_audio, SR
 from .speech import Asr, load_asr
 
 # %% ../nbs/10_asr.ipynb #f60cbf34

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from .base import InputError, read_table, Run
-from .media import iter_frames, read_audio
+from .frames import iter_frames
+from .sound import read_audio
 from .scenes import PLACE_NAMES, TIMES
 from .features import Features
 from .encoders import CHUNK, encode_frames, Encoder, load_encoder

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .base import InputError
-from .media import read_audio
+from .sound import read_audio
 from .engines import ray_shares, start_ray
 from .encoders import (
     encode_frames, encode_tokens, Encoder, fill_batch, load_audio_encoder, load_encoder, read_inputs,

@@ -29,7 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .base import InputError
-from .media import planned_frames, probe, read_frames, sample_times, SR, write_video
+from .frames import planned_frames, read_frames, sample_times
+from .media import probe, write_video
+from .sound import SR
 from .scenes import draw_scene, Scene
 from .demo import demo_sounds
 from .metrics import binary_metrics
@@ -112,13 +114,13 @@ def _torchcodec(path, duration, sampling):
     return frames.data.permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/93_bench.ipynb #7e840f2d
-_MODULES = dict(decord='decord', pyav='av', torchcodec='torchcodec')  # decoder → what it imports
+_MODULES = dict(decord='decord', av='av', torchcodec='torchcodec')  # decoder → what it imports
 
 
 def _find_decoders(path):
     "Decoder → function of a path, its duration and a sampling; those that work here."
     ours = lambda name: lambda path, duration, sampling: read_frames(path, decoder=name, **sampling)
-    candidates, working = dict(decord=ours('decord'), pyav=ours('pyav'), torchcodec=_torchcodec), {}
+    candidates, working = dict(decord=ours('decord'), av=ours('av'), torchcodec=_torchcodec), {}
     for name, decode in candidates.items():
         if find_spec(_MODULES[name]) is None: continue
         try: decode(path, 1., dict(fps=1.))
@@ -156,8 +158,8 @@ def bench_decode(
     video = f"{info['duration']:.0f} s of {info['width']} × {info['height']}"
     rows = [make_row(f'{name}, {what} from {video}', took, 's') for (what, name), took in best.items()]
     ending = {'1 frame a second': '', '5 frames': '_5_frames'}
-    ratios = {f'pyav_vs_{name}{ending[what]}': took/best[what, 'pyav']
-              for (what, name), took in best.items() if name != 'pyav'}
+    ratios = {f'av_vs_{name}{ending[what]}': took/best[what, 'av']
+              for (what, name), took in best.items() if name != 'av'}
     return make_report('decode', _versions(decoders), rows, ratios)
 
 # %% ../nbs/93_bench.ipynb #c3ee55c9

@@ -22,7 +22,8 @@ import pandas as pd
 from .base import (
     check_failures, CLIPS, file_sha256, InputError, progress, Run, short_hash, SPLITS, table_hash,
     write_table, write_text)
-from .media import frame_hashes, measure_length, MediaError, probe, read_frames
+from .frames import frame_hashes, read_frames
+from .media import Damage, MediaError, probe
 
 # %% ../nbs/00_data.ipynb #38d4bc08
 _TIME = r"['\"](\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)['\"]"
@@ -198,7 +199,7 @@ def read_dataset(
     return videos.iloc[order].reset_index(drop=True)
 
 # %% ../nbs/00_data.ipynb #37cebdab
-_UNREADABLE = dict(duration=0., fps=0., width=0, height=0, has_audio=False, sha256='', hashes=None)
+_UNREADABLE = dict(duration=0., fps=0., width=0, height=0, has_audio=False, notes=(), sha256='', hashes=None)
 
 
 def _look(path):
@@ -206,10 +207,10 @@ def _look(path):
     try:
         info = probe(path)
         if not info['has_video']: raise MediaError(f"{path}: holds no video, only audio")
-        length = measure_length(path)
-        if length and abs(info['duration'] - length) > 1 + .1*length: info['duration'] = length
-        facts = {k: info[k] for k in _UNREADABLE if k in info}
-        return dict(facts, sha256=file_sha256(path), hashes=frame_hashes(path), error='')
+        facts, damage = {k: info[k] for k in _UNREADABLE if k in info}, Damage()
+        hashes = frame_hashes(path, damage=damage)
+        facts['notes'] = info['notes'] + damage.notes()
+        return dict(facts, sha256=file_sha256(path), hashes=hashes, error='')
     except MediaError as e: return dict(_UNREADABLE, error=str(e))
 
 # %% ../nbs/00_data.ipynb #75932566

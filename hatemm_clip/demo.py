@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from .base import InputError, progress, read_table, Run, write_atomic, write_text
-from .media import read_audio, SPEECH_SR, write_video
+from .media import SPEECH_SR, write_video
+from .sound import read_audio
 from .scenes import (
     describe, draw_part, draw_scene, EMOTIONS, GROUPS, pick, random_scene, random_sentence, RUBBISH, Scene, speak,
     TOPICS, VEGETABLES, VOICES)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from .base import file_sha256, first_line, InputError
-from .media import iter_frames, planned_frames, probe, sample_times, SR
+from .frames import clip_times, frames_at
+from .media import Damage, probe
+from .sound import SR
 from .tiny_clip import NAME as TINY, register_tiny
 
 # %% ../nbs/18_encoders.ipynb #8e02deaa
@@ -265,30 +268,16 @@ def read_inputs(
     preprocess: dict, # of an Encoder
     fps: float = 1., # frames per second
     start: float = 0., # s
-    end: float = np.inf, # s
+    end: float | None = None, # s; None: the end of the picture
+    damage: Damage | None = None, # counts what is lost
 ): # yields preprocessed frames, uint8 (≤ CHUNK, 3, size, size), and their times, s
     "Decode the frames of a clip as an encoder takes them, a chunk at a time."
-    import av
-    info, done = probe(path), 0
-    end = min(end, info['duration'] or end)
-    times = sample_times(start, end, fps=fps) if info['has_video'] else np.zeros(0)
-    try:
-        for images, shown_at in _planned_inputs(path, preprocess, times):
-            yield images, shown_at
-            done += CHUNK
-    except (av.error.FFmpegError, ValueError, LookupError, RuntimeError): pass  # raised below, if it is not only the plan that fails
-    if done < len(times) or not len(times):
-        for frames, shown_at in iter_frames(path, fps=fps, start=start, end=end):
-            if len(shown_at) > done: yield preprocess_frames(frames[done:], preprocess), shown_at[done:]
-            done = max(0, done - len(shown_at))
-
-# %% ../nbs/18_encoders.ipynb #9f21d2b4
-def _planned_inputs(path, preprocess, times):
-    "Frames on screen at `times`, a chunk at a time, by the plan."
-    frames = planned_frames(str(path), times) if len(times) else iter(())
-    for i in range(0, len(times), CHUNK):
-        shown_at = times[i:i+CHUNK]
-        yield torch.cat([preprocess_frames(next(frames)[None], preprocess) for _ in shown_at]), shown_at
+    if not probe(path)['has_video']: return
+    frames = frames_at(path, clip_times(path, start, end, fps=fps), damage)
+    inputs = ((preprocess_frames(frame[None], preprocess), time) for frame, time in frames)
+    while some := list(islice(inputs, CHUNK)):
+        images, times = zip(*some)
+        yield torch.cat(images), np.array(times)
 
 # %% ../nbs/18_encoders.ipynb #2380ccde
 def fill_batch(

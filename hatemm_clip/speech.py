@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import InputError, file_sha256, first_line
-from .media import SR
+from .sound import SR
 
 # %% ../nbs/08_speech.ipynb #5a82851b
 VAD_THRESHOLD = .35  # probability of speech, per 32 ms

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import check_failures, InputError, progress, read_table, Run, table_hash, write_atomic, write_json
-from .media import read_frames
+from .frames import read_frames
 from .encoders import Encoder, PRECISIONS, preprocess_frames, text_windows
 
 # %% ../nbs/26_tuning.ipynb #45618c67

@@ -18,7 +18,7 @@ from hatemm_clip.speech import Asr, asr_of, compression_ratio, cut_windows, find
 from hatemm_clip.wer import _normalizer, word_error_interval, word_error_rate, word_errors
 from hatemm_clip.bench import bench_asr
 from hatemm_clip.asr import make_groups, read_journal, read_transcripts, transcribe_clips, write_srt, write_subtitles, write_vtt
-from hatemm_clip.media import SR, read_audio
+from hatemm_clip.sound import SR, read_audio
 from hatemm_clip.base import InputError, read_table, store_lock
 from hatemm_clip.data import prepare_data
 from hatemm_clip.demo import demo_clips, demo_words, make_corpus, random_sentence, read_truth, speak

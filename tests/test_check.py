@@ -10,8 +10,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from hatemm_clip import check
-from hatemm_clip.check import call_guarded, check_dataset, decode_all, decode_safely, detect_dataset, format_report, leak_shares, sibling_share, span_faults, write_broken
+from hatemm_clip import examine as module
+from hatemm_clip.check import check_dataset, detect_dataset, format_report, leak_shares, sibling_share, span_faults
+from hatemm_clip.examine import call_guarded, decode_all, decode_safely, write_broken
 from hatemm_clip.base import TRANSCRIPTS, InputError, write_table
 from hatemm_clip.data import leaky_snippet, make_windows, part_of_clips, read_dataset
 from hatemm_clip.media import write_video
@@ -61,7 +62,7 @@ def test_broken_files_decoded_frame_by_frame(tmp_path, sources):
 def test_worker_that_dies(sources):
     "Each way to die has its reason, and the file after it is decoded as if nothing had been."
     deaths = {"__import__('ctypes').string_at(0)": 'SIGSEGV', "__import__('os').abort()": 'SIGABRT', "__import__('os')._exit(7)": 'exit code 7'}
-    look = f"__import__('hatemm_clip.check').check.examine({str(sources[0])!r})"
+    look = f"__import__('hatemm_clip.examine').examine.examine({str(sources[0])!r})"
     calls = [look, *(call for deed in deaths for call in (deed, look))]
     outcomes = call_guarded(eval, calls, timeout=60, workers=1)
     assert [reason for _, reason in outcomes[1::2]] == [f'crashed the decoder ({how})' for how in deaths.values()]
@@ -93,7 +94,7 @@ def test_worker_killed_at_work(sources):
 
 
 def test_worker_that_cannot_start(sources, monkeypatch):
-    monkeypatch.setattr(check, '_start_worker', ord)  # which takes no float
+    monkeypatch.setattr(module, '_start_worker', ord)  # which takes no float
     with pytest.raises(RuntimeError, match='did not start'): decode_safely(sources[0])
 
 
@@ -103,7 +104,7 @@ def test_results_keep_the_order_of_items():
 
 
 def test_workers_end_with_their_caller():
-    code = "import os, threading, time; from hatemm_clip.check import call_guarded\nthreading.Timer(15, lambda: os.kill(os.getpid(), 9)).start(); call_guarded(time.sleep, [600], timeout=20)"
+    code = "import os, threading, time; from hatemm_clip.examine import call_guarded\nthreading.Timer(15, lambda: os.kill(os.getpid(), 9)).start(); call_guarded(time.sleep, [600], timeout=20)"
     script = subprocess.Popen([sys.executable, '-c', code])
     time.sleep(12)
     left = psutil.Process(script.pid).children(recursive=True)
@@ -113,7 +114,7 @@ def test_workers_end_with_their_caller():
 
 def test_works_from_a_script_without_a_main_guard(tmp_path, sources):
     script = tmp_path/'script.py'
-    script.write_text(f'from hatemm_clip.check import decode_all\nprint([r["ok"] for r in decode_all([{str(sources[0])!r}, "none.mp4"])])\n')
+    script.write_text(f'from hatemm_clip.examine import decode_all\nprint([r["ok"] for r in decode_all([{str(sources[0])!r}, "none.mp4"])])\n')
     assert subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=True).stdout == '[True, False]\n'
 
 
@@ -203,4 +204,4 @@ def test_siblings_of_real_snippets_leak(shared):
 def test_real_videos(shared):
     looks = decode_all(sorted((shared/'data/videos').iterdir()), timeout=120)
     assert all(look['ok'] and look['frames'] == 5 for look in looks)
-    assert all(abs(look['duration'] - look['length']) < 1 for look in looks)
+    assert all(abs(look['duration'] - look['claimed']) < 1 for look in looks)

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hatemm_clip.base import InputError
-from hatemm_clip.media import iter_frames, read_frames, sample_times
+from hatemm_clip.frames import iter_frames, read_frames, sample_times
 from hatemm_clip.media import write_video
-from hatemm_clip import batching, encoders, media
+from hatemm_clip import batching, encoders, frames as frames_module
 from hatemm_clip.encoders import CHUNK, Encoder, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
 from hatemm_clip.features import FeatureStore, pack_rows, export_features, features_info, format_info, open_store, read_features
-from hatemm_clip.media import planned_frames, frame_plan
+from hatemm_clip.frames import planned_frames, frame_plan
 from hatemm_clip.bench import bench_embed, bench_memory
 from hatemm_clip.embed import demo_run, embed_clips, embed_stores
 from hatemm_clip.batching import embed_images, embed_items
@@ -115,7 +115,7 @@ def test_the_plan_holds_for_other_ways_to_encode(options, tmp_path, monkeypatch)
             got = list(read_inputs(path, preprocess, fps))
             assert np.allclose(np.concatenate([t for _, t in got]), times)
             assert torch.equal(torch.cat([x for x, _ in got]), preprocess_frames(expected, preprocess)), (container, fps)
-        monkeypatch.setattr(media, 'SEEK_FROM', 1.)  # later windows are jumped to
+        monkeypatch.setattr(frames_module, 'SEEK_FROM', 1.)  # later windows are jumped to
         for window in ((2., 4.), (5.5, 8.), (8.5, 9.)):
             expected, times = read_frames(path, fps=5, start=window[0], end=window[1])
             got = torch.cat([x for x, _ in read_inputs(path, preprocess, 5, *window)])
@@ -486,7 +486,7 @@ def test_a_jump_that_goes_too_far_is_noticed(tmp_path, monkeypatch):
         def __exit__(self, *_): self.container.close()
         def __getattr__(self, name): return getattr(self.container, name)
         def seek(self, at, stream): self.container.seek(int(9/stream.time_base), stream=stream)
-    monkeypatch.setattr(media, 'SEEK_FROM', 1.)
+    monkeypatch.setattr(frames_module, 'SEEK_FROM', 1.)
     expected = list(planned_frames(str(tmp_path/'a.mp4'), np.array([4.7])))
     assert abs(expected[0].mean() - 2*47) < 3
     monkeypatch.setattr(av, 'open', Far)
