@@ -22,6 +22,7 @@ from hatemm_clip.sound import SR, read_audio
 from hatemm_clip.base import InputError, read_table, store_lock
 from hatemm_clip.data import prepare_data
 from hatemm_clip.demo import demo_clips, demo_words, make_corpus, random_sentence, read_truth, speak
+from films import sounding
 from killing import killing_actor
 
 GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
@@ -98,6 +99,43 @@ def test_demo_sentences_are_understood_and_timed(fast, corpus):
     assert word_error_rate([demo_words(v) for v in known], [a['text'] for a in answers]) < .3
     late = [abs(a['segments'][0]['start'] - min(s['start'] for s in v['sentences'])) for a, v in zip(answers, known)]
     assert np.median(late) < .2
+
+
+def in_order(segments, length):
+    "Whether segments have a length, follow each other and stay within the sound."
+    times = [t for s in segments for t in (s['start'], s['end'])]
+    return all(s['start'] < s['end'] for s in segments) and times == sorted(times) and all(0 <= t <= length for t in times)
+
+
+@pytest.mark.parametrize('late', [0., 2.5])
+@pytest.mark.parametrize('backend', ['faster-whisper', 'openai-whisper'])
+def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, shared, tmp_path):
+    rng, begins = np.random.default_rng(3), [1., 7., 14.]
+    said, wave = [random_sentence(kind, rng, 'pumpkins') for kind in ('friendly', 'hostile', 'counter')], np.zeros(48_000*20, np.float32)
+    for begin, sentence in zip(begins, said):
+        spoken = speak(sentence)
+        spoken = np.interp(np.arange(0, len(spoken), 22_050/48_000), np.arange(len(spoken)), spoken)
+        at = int(48_000*begin)
+        wave[at:at + len(spoken)] = spoken[:len(wave) - at]
+    film = sounding(tmp_path/'late.mkv', seconds=20., offset=late, tracks=[wave[None]])
+    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2)
+    audio = read_audio(film)
+    segments = asr.transcribe([audio])[0]['segments']
+    assert in_order(segments, len(audio)/SR)
+    for begin in begins: assert min(abs(s['start'] - begin - late) for s in segments) < .3, [round(s['start'], 2) for s in segments]
+
+
+@pytest.mark.parametrize('backend', ['faster-whisper', 'openai-whisper'])
+def test_a_loop_over_noise_is_flagged_or_left_out(backend, shared):
+    "One phrase, again and again over noise, gives no endless text."
+    phrase = speak('thank you for watching')
+    phrase = np.interp(np.arange(0, len(phrase), 22_050/SR), np.arange(len(phrase)), phrase)
+    audio = np.tile(phrase, 12).astype(np.float32)
+    audio += np.random.default_rng(0).normal(0, .05, len(audio)).astype(np.float32)
+    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2)
+    answer = asr.transcribe([audio])[0]
+    assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*14
+    if compression_ratio(answer['text']) > 2.4: assert 'repetition' in answer['flags']
 
 
 def test_a_long_clip_is_cut_and_put_together(fast):

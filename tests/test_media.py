@@ -6,7 +6,8 @@ import sys
 import av
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED
+from conftest import SHARED
+from films import sounding
 
 from hatemm_clip.data import probe_clips
 from hatemm_clip.examine import decode_all, examine, probe_files
@@ -119,29 +120,6 @@ def test_a_stretch_without_picture_or_sound_is_empty():
     assert len(read_audio(ODD/'audio_long.mp4', 10, 20)) == 10*SR
     assert not np.abs(read_audio(ODD/'audio_late.mkv', 0, 2.9)).any()
     assert loud_from(read_audio(ODD/'audio_late.mkv', 2.5)) == pytest.approx(.5, abs=.01)
-
-
-def sounding(path, tone=None, offset=0., format=None, channels=1, seconds=3., tracks=None, first=0):
-    "A video with tones; `tracks`: samples (channels, n) of each sound track; `offset` in s puts them after the picture."
-    sr = 48_000
-    wave = (.5*np.sin(2*np.pi*440*np.arange(int(seconds*sr))/sr)).astype(np.float32)
-    tracks = tracks or [np.tile(wave, (channels, 1))]
-    with av.open(str(path), 'w', format=format) as out:
-        video = out.add_stream('libx264', rate=10, width=96, height=64, pix_fmt='yuv420p', options=dict(preset='ultrafast'))
-        layouts = {1: 'mono', 2: 'stereo', 6: '5.1'}
-        sounds = [out.add_stream('aac', rate=sr, layout=layouts[len(t)]) for t in tracks]
-        for i in range(int(10*seconds)):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), (first + 8*i) % 250, np.uint8), format='rgb24')
-            frame.pts = i + (round(-10*offset) if offset < 0 else 0)
-            out.mux(video.encode(frame))
-        out.mux(video.encode(None))
-        for stream, samples in zip(sounds, tracks):
-            for at in range(0, samples.shape[1] - 1023, 1024):
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, at:at+1024]), format='fltp', layout=layouts[len(samples)])
-                frame.sample_rate, frame.pts = sr, at + (round(offset*sr) if offset > 0 else 0)
-                out.mux(stream.encode(frame))
-            out.mux(stream.encode(None))
-    return path
 
 
 @pytest.mark.parametrize('suffix', ['mkv', 'mp4', 'ts'])
