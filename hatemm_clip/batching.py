@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 
 from .base import InputError
+from .media import Damage
 from .sound import read_audio
 from .engines import ray_shares, start_ray
 from .encoders import (
@@ -86,6 +88,7 @@ class _Row:
     def __init__(self, clip_id):
         self.clip_id, self.error, self.missing = clip_id, '', 1  # the clip itself counts until it is decoded
         self.vectors, self.times, self.audio = {}, dict(image=[], text=[]), {}
+        self.damage = Damage()
 
     def add(self, modality, inputs, times):
         "Number inputs of this clip, for a batch."
@@ -97,7 +100,7 @@ class _Row:
     def result(self, modalities, encoder, dim):
         "The row by the encoder of that number, whose vectors are (D,)."
         if self.error: return dict(clip_id=self.clip_id, error=self.error)
-        result = dict(clip_id=self.clip_id, error='')
+        result = dict(clip_id=self.clip_id, error='', notes=self.damage.notes())
         for m in modalities:
             vectors = [self.vectors[m, i][encoder] for i in range(len(self.times[m]))]
             result |= {m: np.array(vectors, np.float32).reshape(-1, dim), f'{m}_times': self.times[m]}
@@ -125,11 +128,11 @@ class _Job:
         row = _Row(clip.clip_id)
         try:
             if self.segments is not None: self._add(row, 'text', *self._tokens(self.segments.get(clip.clip_id, [])))
-            for images, times in self.read(clip):
+            for images, times in self.read(clip, row.damage):
                 if self.batches.stopped: return
                 self._add(row, 'image', images, times)
             if self.encode_audio:
-                vectors, times = self.encode_audio(read_audio(clip.path, clip.start, clip.end))
+                vectors, times = self.encode_audio(read_audio(clip.path, clip.start, clip.end, damage=row.damage))
                 row.audio = dict(audio=vectors, audio_times=times)
         except InputError as e: row.error = str(e)
         self._finish(row, 1)
@@ -174,18 +177,21 @@ def _one_core(device):
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/19_batching.ipynb #5631d472
+def _read_clip(clip, damage, preprocess, fps): return read_inputs(clip.path, preprocess, fps, clip.start, clip.end, damage)
+
 # %% ../nbs/19_batching.ipynb #25f3fa83
 def embed_with_each(
     clips: pd.DataFrame, # clip_id, path, start, end
     segments: dict[str, list[dict]] | None, # transcript by clip_id: `start`, `end` (s), `text`; None: frames only
     encoders: list[Encoder], # that take the same frames and tokens
-    read=None, # function: clip → chunks of preprocessed frames and their times; None: decode the file
+    read=None, # function: clip, Damage → chunks of preprocessed frames and their times; None: decode the file
     encode_audio=None, # of an AudioEncoder; None: no audio
     **settings, # of EmbedSettings
 ): # yields lists of rows, one an encoder, in the order in which clips are done
     "Embed clips on several threads, by several encoders."
     settings, first = EmbedSettings(**settings), encoders[0]
-    read = read or (lambda clip: read_inputs(clip.path, first.preprocess, settings.fps, clip.start, clip.end))
+    read = read or partial(_read_clip, preprocess=first.preprocess, fps=settings.fps)
     batches = _Batches(clips, settings.batch_size)
     job = _Job(batches, encoders, segments, settings.overlap, read, encode_audio)
     with _one_core(first.device):
@@ -206,7 +212,7 @@ def embed_items(
     segments: dict[str, list[dict]] | None, # transcript by clip_id: `start`, `end` (s), `text`; None: frames only
     encoder: Encoder,
     **options, # of `embed_with_each`, and of EmbedSettings
-): # yields dict(clip_id, error, image (T, D), image_times, text (S, D), text_times, audio …) in the order in which clips are done
+): # yields dict(clip_id, error, notes, image (T, D), image_times, text (S, D), text_times, audio …) as clips are done
     "Embed clips on several threads."
     with closing(embed_with_each(clips, segments, [encoder], **options)) as rows:
         for row, in rows: yield row

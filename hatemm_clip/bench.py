@@ -292,7 +292,7 @@ def _frame_by_frame(clips, encoder, folder, decoded=None):
 # %% ../nbs/93_bench.ipynb #5d245350
 def _batched(clips, encoder, workers, folder, decoded=None):
     "This library's way, into a store."
-    def read_decoded(clip):
+    def read_decoded(clip, damage):
         frames = decoded[clip.path]
         return [(preprocess_frames(frames, encoder.preprocess), np.arange(len(frames)))]
     segments = {c.clip_id: c.segments for c in clips.itertuples()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .base import check_failures, InputError, progress, read_table, Run, store_lock
+from .base import check_failures, InputError, progress, read_table, Run, store_lock, write_text
 from .demo import demo_clips
 from .engines import ENGINES
 from .asr import input_hash, transcribe_clips
@@ -64,18 +64,20 @@ def _outdated(store, hashes):
 
 # %% ../nbs/20_embed.ipynb #9b1fa203
 def _commit(stores, results, hashes, commit_every, todo):
-    "Write rows as they come, a store for each of a clip's, some clips at a time; compact the stores at the end."
+    "Write rows as they come, a store for each of a clip's, some clips at a time; give the notes on clips."
     writers = [store.add if todo.isdisjoint(store.clip_ids()) else store.upsert for store in stores]
-    waiting = []
+    waiting, notes = [], {}
     def write_waiting():
         for store, write, rows in zip(stores, writers, zip(*waiting)): write(pack_rows(rows, store.table.schema))
         waiting.clear()
     for rows in results:
         waiting.append([dict(row, inputs=hashes[row['clip_id']]) for row in rows])
+        notes |= {row['clip_id']: row['notes'] for row in rows if row.get('notes')}
         if len(waiting) == commit_every: write_waiting()
     write_waiting()
     if todo:
         for store in stores: store.compact()
+    return notes
 
 # %% ../nbs/20_embed.ipynb #a233167b
 def _check_encoders(encoders, engine):
@@ -98,6 +100,15 @@ def _rows(clips, segments, encoders, audio, settings):
     if settings.engine == 'local':
         return embed_with_each(clips, segments, encoders, encode_audio=audio.encode, **options)
     return ([row] for row in ray_items(clips, segments, encoders[0], settings.audio, **options))
+
+# %% ../nbs/20_embed.ipynb #7ff9eb9e
+def _write_failures(clips, stores):
+    "failed_NAME.csv beside the stores, after the first, where something failed."
+    errors = dict(zip(stores[0].column('clip_id'), stores[0].column('error')))
+    failed = [(clip_id, errors[clip_id]) for clip_id in clips.clip_id if errors.get(clip_id)]
+    file = stores[0].path.with_name(f'failed_{stores[0].path.stem}.csv')
+    if failed: write_text(file, pd.DataFrame(failed, columns=['clip_id', 'error']).to_csv(index=False))
+    else: file.unlink(missing_ok=True)
 
 # %% ../nbs/20_embed.ipynb #c0a1e7e0
 def _print_summary(clips, transcripts, stores, todo, max_failed, began):
@@ -127,8 +138,11 @@ def embed_stores(
         stores = [_open_for(path, encoder, audio, settings, transcripts) for path, encoder in ready.items()]
         todo = set.union(*(_outdated(store, hashes) for store in stores))
         rows = _rows(clips[clips.clip_id.isin(todo)], segments, list(ready.values()), audio, settings)
-        _commit(stores, progress(rows, total=len(todo), desc='embed', unit='clip'), hashes, settings.commit_every, todo)
+        rows = progress(rows, total=len(todo), desc='embed', unit='clip')
+        notes = _commit(stores, rows, hashes, settings.commit_every, todo)
+    _write_failures(clips, stores)
     _print_summary(clips, transcripts, stores, todo, settings.max_failed, began)
+    if notes: print(f'{len(notes)} clips are damaged or change their size, and are used as far as they can be decoded')
     return stores
 
 # %% ../nbs/20_embed.ipynb #84dab2f5

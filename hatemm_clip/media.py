@@ -129,10 +129,14 @@ def _read_packets(container, streams):
     return {i: np.array(row, np.int64).reshape(-1, 5) for i, row in rows.items()}
 
 # %% ../nbs/001_media.ipynb #2e454b44
+_NO_TIMES = ('avi', 'h264', 'hevc', 'm4v', 'mpegvideo')  # formats that say nothing of when a frame is shown
+
+
 def _is_counted(stream, pts):
     "Whether the times of packets say nothing about the frame in them."
     if (pts == _NEVER).any() or len(np.unique(pts)) < len(pts): return True
-    return stream.type == 'video' and stream.codec_context.has_b_frames and bool((np.diff(pts) > 0).all())
+    reorders = stream.type == 'video' and stream.codec_context.has_b_frames and bool((np.diff(pts) > 0).all())
+    return reorders and stream.container.format.name in _NO_TIMES
 
 # %% ../nbs/001_media.ipynb #62763bb4
 def _counted_times(stream, pts, dts, limit):

@@ -17,7 +17,7 @@ from .media import Damage, MediaError, probe
 from .sound import mix_channels, quiet_reason, read_channels, sound_notes
 from .speech import asr_of
 from .features import Features
-from .encoders import encode_texts, encoder_of, load_audio_encoder, read_inputs, text_windows
+from .encoders import encode_texts, encoder_of, load_audio_encoder, text_windows
 from .batching import embed_items
 from .classifier import explain, load_bundle
 
@@ -131,12 +131,10 @@ class Scorer:
 
     def see(self, path): # path; gives vectors, their times and notes
         "What is shown in a file."
-        damage = Damage()
-        clip = pd.DataFrame([dict(clip_id='clip', path=str(path), start=0., end=np.inf)])
-        read = lambda clip: read_inputs(clip.path, self.encoder.preprocess, self.made.get('fps', 1.), damage=damage)
-        row = next(embed_items(clip, None, self.encoder, read=read, workers=1))
+        clip = pd.DataFrame([dict(clip_id='clip', path=str(path), start=0., end=None)])
+        row = next(embed_items(clip, None, self.encoder, fps=self.made.get('fps', 1.), workers=1))
         if row['error']: raise MediaError(row['error'])
-        return row['image'], row['image_times'], damage.notes()
+        return row['image'], row['image_times'], row['notes']
 
     def features(
         self,

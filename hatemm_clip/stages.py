@@ -22,8 +22,8 @@ from pathlib import Path
 STAGES = {  # notebook → its results, of which the first must be there in the end
     '00_data': ['clips.parquet', 'splits.parquet', 'failed_videos.csv'],
     '10_asr': ['transcripts.parquet', 'failed_transcripts.csv', 'subtitles', 'transcripts.jsonl'],
-    '20_embed': ['features.lance'],
-    '30_finetune': ['finetune', 'features-*.lance'],
+    '20_embed': ['features.lance', 'failed_features.csv'],
+    '30_finetune': ['finetune', 'features-*.lance', 'failed_features-*.csv'],
     '40_fusion': ['predictions.parquet', 'bundle'],
     '50_robust': ['robust.parquet', 'robust.json', 'robust_donors.parquet'],
     '60_analysis': ['metrics.json', 'report.html', 'MODEL_CARD.md']}  # and a card in the bundle

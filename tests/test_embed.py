@@ -147,6 +147,16 @@ def test_any_number_of_workers_gives_the_same_bytes(enc, videos, transcripts):
     assert [len(runs[0][f'c{i}']['image']) for i in range(6)] == [4, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.parametrize('text', ['7 19 23 42 '*60, '🎬🔥👩\u200d👩\u200d👧 '*40, 'a'*3000, 'Ärger über Öl — 100 %! '*50, '漢字'*400, '=' * 900 + ' 1,5 ' * 40])
+def test_any_text_is_windowed_by_tokens_and_nothing_is_dropped(text, enc):
+    import open_clip
+    for tokenizer, context in ((enc.tokenizer, enc.context_length), (open_clip.get_tokenizer('ViT-B-32'), 77)):
+        windows = encoders.text_windows([dict(start=1., end=9., text=text)], tokenizer, context)
+        assert ''.join(w['text'] for w in windows).replace(' ', '') == text.replace(' ', '')
+        assert max(len(tokenizer.encode(w['text'])) for w in windows) <= context - 2
+        assert all(1 <= w['start'] < w['end'] <= 9.001 for w in windows) and [w['start'] for w in windows] == sorted(w['start'] for w in windows)
+
+
 def test_text_equals_one_window_at_a_time(enc, videos, transcripts):
     row = next(r for r in embed_items(videos[5:], {'c5': transcripts.segments[5]}, enc) if r['clip_id'] == 'c5')
     windows = text_windows(transcripts.segments[5], enc.tokenizer, enc.context_length)
@@ -481,7 +491,7 @@ def test_a_jump_that_goes_too_far_is_noticed(tmp_path, monkeypatch):
 
     class Far:
         "A file that lands at nine seconds wherever it is sent to."
-        def __init__(self, path): self.container = opened(path)
+        def __init__(self, path, **options): self.container = opened(path, **options)
         def __enter__(self): return self
         def __exit__(self, *_): self.container.close()
         def __getattr__(self, name): return getattr(self.container, name)
