@@ -25,7 +25,7 @@ def labels_of(folder, **options):
     return dict(zip(videos.video_id, videos.label_name))
 
 
-@pytest.mark.parametrize('column', ['file', 'filename', 'video', 'path', 'File', 'VIDEO', ' Path ', '"filename"'])
+@pytest.mark.parametrize('column', ['file', 'filename', 'video', 'path', 'File', 'VIDEO', ' Path ', '"filename"', 'File Name', 'file_name'])
 @pytest.mark.parametrize('label', ['label', 'LABEL', ' Label'])
 def test_columns_by_any_name_and_case(tmp_path, column, label):
     assert labels_of(write(tmp_path, PLAIN.replace('file,label', f'{column},{label}'))) == MEANT
@@ -72,7 +72,7 @@ REFUSED = {
     'file,Label,label\na.mp4,hateful,normal\n': 'csv: has the column Label and label twice',
     'file,class\na.mp4,hateful\n': 'csv: lacks the column label; it has path, class',
     'name,label\na.mp4,hateful\n': r'csv: lacks the column path \(or file, filename, video\); it has name, label',
-    'file,label\n': 'csv: holds no rows', '': 'csv: lacks the columns path .*, label',
+    'file,label\n': 'csv: holds no rows', '': 'csv: holds no rows', '\n \n': 'csv: holds no rows',
     'file,label\n"a.mp4,hateful\nb.mp4,normal\n': 'csv line 2: cannot be read as a table',
     'file,label\n,hateful\n': "csv line 2: the file's name is ''",
     'file,label\na.mp4,hateful\na.mp4,normal\n': "a is listed twice, in annotations.csv line 2 and annotations.csv line 3: labelled 'hateful' and 'normal'",
@@ -134,6 +134,15 @@ def test_times_refused(tmp_path, times):
 
 def test_seconds():
     assert [parse_seconds(t) for t in ('0', '.5', '5.', '90:15', '1:00:00', '00:00:01,5')] == [0, .5, 5, 5415, 3600, 1.5]
+
+
+def test_semicolons_and_decimal_commas(tmp_path):
+    videos = read_dataset('folder', write(tmp_path, 'Datei;File;Label;Start;End\n1;a.mp4;hateful;1,5;2,75\n2;b.mp4;normal;;\n'))
+    assert videos.set_index('video_id').spans['a'] == [dict(start=1.5, end=2.75)]
+
+
+def test_the_same_file_by_two_paths_is_listed_twice(tmp_path):
+    with pytest.raises(InputError, match='a is listed twice'): read_dataset('folder', write(tmp_path, f'file,label\na.mp4,hateful\n{tmp_path}/x/../a.mp4,hateful\n'))
 
 
 def test_a_row_for_each_span(tmp_path):
