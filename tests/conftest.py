@@ -41,6 +41,12 @@ def hatemm():
     return call
 
 
+def pytest_collection_modifyitems(items):
+    "A file's tests share a process, and so what they prepare; the notebooks of one file do not, and each goes to the first that is free."
+    for item in items:
+        if item.path.stem != 'test_notebooks_beside': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_terminal_summary(terminalreporter):
     count = lambda *kinds: sum(len(terminalreporter.stats.get(k, [])) for k in kinds)
     terminalreporter.write_line(f"{count('passed')} passed, {count('failed', 'error')} failed")
