@@ -8,6 +8,7 @@ __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'MEDIA_SUFFIXES', 'detec
            'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
 
 # %% ../nbs/03_check.ipynb #345fb6e6
+import os
 from collections import Counter
 from pathlib import Path
 
