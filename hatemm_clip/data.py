@@ -856,6 +856,13 @@ def _write_failed(videos, run):
     reasons = [error.removeprefix(f'{path}: ') for path, error in zip(bad.path, bad.error)]
     write_text(run.folder/FAILED_VIDEOS, bad[['video_id', 'label_name']].assign(error=reasons).to_csv(index=False))
 
+# %% ../nbs/00_data.ipynb #cec96e5e
+def _write_odd(videos, run):
+    "odd_videos.csv: what is odd about files that are used all the same; gives how many there are."
+    odd = videos.loc[(videos.error == '') & videos.notes.map(bool), ['video_id', 'notes']]
+    if len(odd): write_text(run.folder/'odd_videos.csv', odd.explode('notes').to_csv(index=False))
+    return len(odd)
+
 # %% ../nbs/00_data.ipynb #9ed9fe86
 def prepare_data(
     dataset: str, # a key of READERS
@@ -880,7 +887,9 @@ def prepare_data(
     write_table(clips[[*CLIPS.names, 'overlap']], run.clips, CLIPS, inputs, **about, **cut)
     write_table(splits, run.splits, SPLITS, inputs, seed=asked.seed, purged=purged, **audit)
     _write_failed(videos, run)
+    odd = _write_odd(videos, run)
     gone = f'; {purged} rows purged from the published split' if purged else ''
     in_groups = f"{audit['groups']} groups (largest {audit['largest_group']})"
-    print(f'{len(clips)} clips of {len(good)} videos in {in_groups}, {failed} failed{gone}')
+    strange = f', {odd} odd (odd_videos.csv)' if odd else ''
+    print(f'{len(clips)} clips of {len(good)} videos in {in_groups}, {failed} failed{strange}{gone}')
     return clips, splits

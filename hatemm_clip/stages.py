@@ -20,7 +20,7 @@ from pathlib import Path
 
 # %% ../nbs/91_stages.ipynb #8fc13f55
 STAGES = {  # notebook → its results, of which the first must be there in the end
-    '00_data': ['clips.parquet', 'splits.parquet', 'failed_videos.csv'],
+    '00_data': ['clips.parquet', 'splits.parquet', 'failed_videos.csv', 'odd_videos.csv'],
     '10_asr': ['transcripts.parquet', 'failed_transcripts.csv', 'subtitles', 'transcripts.jsonl'],
     '20_embed': ['features.lance', 'failed_features.csv'],
     '30_finetune': ['finetune', 'features-*.lance', 'failed_features-*.csv'],
