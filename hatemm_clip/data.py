@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['READERS', 'WINDOWS', 'parse_spans', 'merge_spans', 'parse_targets', 'read_rows', 'read_hatemm', 'read_mhc',
-           'to_two_classes', 'read_folder', 'read_dataset', 'probe_clips', 'make_windows', 'near_duplicates',
-           'near_duplicate_texts', 'find_groups', 'make_splits', 'part_of_clips', 'published_splits', 'read_splits',
-           'purge_leaks', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips', 'DataSettings', 'prepare_data']
+           'to_two_classes', 'is_harmless', 'order_labels', 'read_folder', 'read_dataset', 'probe_clips',
+           'make_windows', 'near_duplicates', 'near_duplicate_texts', 'find_groups', 'make_splits', 'part_of_clips',
+           'published_splits', 'read_splits', 'purge_leaks', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips',
+           'DataSettings', 'prepare_data']
 
 # %% ../nbs/00_data.ipynb #d4263d82
 import csv
 import json
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +151,58 @@ def to_two_classes(
     known = sorted(set(clips.label_name))
     if unknown: raise InputError(f"positive names {sorted(unknown)} are not among the labels {known}")
     return clips.assign(label=clips.label_name.isin(positive).astype(int))
+
+# %% ../nbs/00_data.ipynb #c0e9413c
+def _key_of(name):
+    "A class's name without case, blanks, hyphens and the `.0` of a number."
+    text = unicodedata.normalize('NFKC', str(name)).casefold()
+    text = re.sub(r'[\s\u200b\ufeff]+', '', text)
+    if re.fullmatch(r'[+-]?\d+(\.0*)?', text): return str(int(float(text)))
+    return re.sub(r'(?<=[^\W\d])[-_](?=[^\W\d])', '', text)
+
+# %% ../nbs/00_data.ipynb #39b0eecf
+_HARM = set("""hate hateful hatespeech haterelated hateoffensive hof off offensive offense offence toxic abusive abuse
+    harmful harm unsafe racist racism sexist sexism misogynous misogynistic misogyny antisemitic homophobic transphobic
+    islamophobic xenophobic extremist violent bully bullying cyberbullying harassment harassing profane profanity
+    insult insulting aggressive derogatory discriminatory nsfw spam bad""".split())
+_HARMLESS = set("""normal benign neutral none neither clean safe harmless okay ok fine good ham sfw nothate not non
+    regular ordinary acceptable appropriate inoffensive nonviolent friendly""".split())
+_OPPOSITES = {'1': '0', 'yes': 'no', 'y': 'n', 'true': 'false', 't': 'f', 'positive': 'negative', 'pos': 'neg'}
+
+
+def _is_positive(name, other):
+    "Whether the words say that the first of two classes is the positive one."
+    a, b = _key_of(name), _key_of(other)
+    negated = b in {no + a for no in ('non', 'not', 'no')} and a not in _HARMLESS
+    return negated or _OPPOSITES.get(a) == b or a in _HARM and (b in _HARMLESS or is_harmless(other))
+
+# %% ../nbs/00_data.ipynb #e318c28a
+def is_harmless(
+    name: str, # of a class
+) -> bool: # False also where the word is not known
+    "Whether a class's name says that there is nothing wrong with its videos."
+    key = _key_of(name)
+    return key in _HARMLESS or any(key == no + harm for no in ('non', 'not', 'no') for harm in _HARM)
+
+# %% ../nbs/00_data.ipynb #7747a9f1
+def order_labels(
+    names, # of the classes
+    positive: str = '', # the positive one of two; '': as the words say
+) -> list[str]: # two: the negative class, then the positive one; otherwise as they came
+    "Names in the order of their labels."
+    names = list(names)
+    listed = ', '.join(map(repr, names))
+    found = [name for name in names if _key_of(name) == _key_of(positive)]
+    if positive and not found: raise InputError(f"positive is {positive!r}; expected one of the labels {listed}")
+    if positive and len(names) > 2:
+        raise InputError(f"positive is {positive!r}, and there are {len(names)} labels: {listed}; "
+                         "leave it out, it is for two")
+    if len(names) != 2: return names
+    found = found or [a for a, b in (names, names[::-1]) if _is_positive(a, b)]
+    if len(found) != 1:
+        raise InputError(f"the labels are {listed}, and neither name says which class is the positive one; "
+                         "give its name under 00_data as `positive: NAME`")
+    return [*(name for name in names if name != found[0]), *found]
 
 # %% ../nbs/00_data.ipynb #011915d2
 def _span_of(row, where):
