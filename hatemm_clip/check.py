@@ -23,7 +23,7 @@ import pandas as pd
 from .base import file_sha256, InputError, progress, read_table
 from .media import (
     frame_hashes, iter_frames, measure_length, MediaError, probe, read_audio, read_frames, SR, write_video)
-from .data import merge_spans, near_duplicates, read_dataset
+from .data import find_annotations, merge_spans, near_duplicates, read_dataset
 
 # %% ../nbs/03_check.ipynb #868d3169
 CHECKS = dict(
@@ -62,10 +62,10 @@ def detect_dataset(
 ) -> str: # a key of `data.READERS`
     "Recognise a data set by the name of its annotation file."
     data_dir = Path(data_dir)
-    if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; `hatemm fetch` or `hatemm demo` fills one")
+    if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; name the one that holds your videos")
     found = [name for file, name in ANNOTATION_FILES.items() if (data_dir/file).is_file()]
-    if not found: raise InputError(f"{data_dir}: holds no annotation file; expected one of {', '.join(ANNOTATION_FILES)}")
-    return found[0]
+    if not found: find_annotations(data_dir)  # one of one's own, or an error that says what is looked for
+    return found[0] if found else 'folder'
 
 # %% ../nbs/03_check.ipynb #4b8c5784
 def span_faults(

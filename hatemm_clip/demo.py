@@ -240,6 +240,7 @@ def _write_annotation(path, rows):
 
 # %% ../nbs/01_demo.ipynb #01014a1e
 _VERSION = 1  # raise it when the grammar or the drawing changes, so that no old corpus passes for a new one
+_BEGUN = '.demo_corpus'  # a file that says whose folder it is, until the corpus is whole
 
 
 def _is_complete(out_dir, wanted):
@@ -253,6 +254,9 @@ def _is_complete(out_dir, wanted):
                          'name another folder or delete it')
     if (out_dir/'HateMM_annotation.csv').exists():
         raise InputError(f'{out_dir} holds another data set; name a new folder for the demo corpus')
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir/_BEGUN).exists():
+        raise InputError(f'{out_dir} holds files of yours, and the demo corpus does not go among them; name a new folder. '
+                         'For videos of your own, `hatemm init` writes the parameters')
     return False
 
 # %% ../nbs/01_demo.ipynb #68e3c7e6
@@ -275,12 +279,14 @@ def make_corpus(
     "Write a demo corpus, or finish one; one that is complete is left as it is."
     out_dir, plans, wanted = Path(out_dir), plan_corpus(n, seed), dict(videos=n, seed=seed, version=_VERSION)
     if _is_complete(out_dir, wanted): return out_dir
+    write_text(out_dir/_BEGUN, 'A demo corpus is being made here.\n')
     todo = list(zip(_file_names(plans), plans))
     made = [_make_video(out_dir, name, plan, i)
             for i, (name, plan) in enumerate(progress(todo, desc='demo videos', unit='video'))]
     rows, truth = map(list, zip(*made))
     _write_annotation(out_dir/'HateMM_annotation.csv', rows)
     write_text(out_dir/'truth.json', json.dumps(dict(made_with=wanted, videos=truth), indent=1))
+    (out_dir/_BEGUN).unlink(missing_ok=True)
     return out_dir
 
 # %% ../nbs/01_demo.ipynb #c05efd61
@@ -289,7 +295,7 @@ def read_truth(
 ) -> list[dict]: # one entry a video: cause, look-alike, topic, emotion, sentences and scenes with times
     "Read what was put into the videos of a demo corpus."
     path = Path(corpus_dir)/'truth.json'
-    if not path.exists(): raise InputError(f'{path}: no such file; `hatemm demo {corpus_dir}` makes a corpus with it')
+    if not path.exists(): raise InputError(f'{path}: no such file; only a demo corpus has one')
     return json.loads(path.read_text())['videos']
 
 # %% ../nbs/01_demo.ipynb #258dc8f6

@@ -15,14 +15,14 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from .keys import code_hashes, depends, explain, fingerprint, json_hash, row_key
 from .results import begin, bring_back, publish, read_log, recover, stage_results, write_log
 from .stages import (
-    all_parameters, find_notebooks, NEEDS, one_of, package_dir, read_params, refuse, stage_cells,
+    all_parameters, DISPENSABLE, find_notebooks, NEEDS, one_of, package_dir, read_params, refuse, stage_cells,
     stage_parameters, STAGES, USUAL_STAGES)
 
 # %% ../nbs/95_pipeline.ipynb #5d6b42c8
@@ -55,14 +55,14 @@ def _check_data(parameters):
         value = parameters.get(name, '')
         if value in ('', 'grouped', 'published') or Path(value).is_file(): continue
         refuse(f"{name}: {value}: no such file")
-    known = dataset == 'demo' or _columns(dataset, parameters['data_dir'])
+    known = dataset == 'demo' or _columns(dataset, parameters['data_dir'], parameters.get('annotations', ''))
     if split == 'published' and (dataset == 'demo' or 'part' not in known):
         refuse(f"split is 'published', but {dataset} comes without one; take 'grouped' or name a file")
 
 # %% ../nbs/95_pipeline.ipynb #6f971e4e
-def _columns(dataset, data_dir):
+def _columns(dataset, data_dir, annotations):
     from hatemm_clip.data import read_dataset
-    return list(read_dataset(dataset, data_dir))
+    return list(read_dataset(dataset, data_dir, annotations))
 
 # %% ../nbs/95_pipeline.ipynb #f75fc8ae
 def _check_recogniser(parameters):
@@ -229,6 +229,7 @@ class Batch:
     only: str | None = None # run this stage alone
     start: str | None = None # run this stage and all after it, up to date or not
     force: bool = False # run stages that are up to date, too
+    failed: list = field(default_factory=list) # stages that have failed, and that others go on without
 
     def stages(self): return [self.only] if self.only else list(self.params)
 
@@ -239,6 +240,7 @@ class Batch:
     def parts(self, stage, log):
         "What a stage depends on, with what the stages before it have made."
         made = {s: log['stages'].get(s, {}).get('made', '') for s in NEEDS[stage]}
+        made |= dict.fromkeys(set(made) & set(self.failed), 'failed')
         return dict(self.depend[stage], before=made)
 
 # %% ../nbs/95_pipeline.ipynb #033b1d04
@@ -385,7 +387,8 @@ def _do_stage(stage, batch, log):
     if not why and not asked: return f'{stage:<12} up to date'
     if not asked and bring_back(stage, batch.out, key, log): return f'{stage:<12} brought back: {why}'
     record = dict(key=key, rows=row_key(stage, batch.depend), depends=parts)
-    return _run_stage(stage, begin(stage, batch.out, record, log, anew=not why), record, batch, log)
+    folder = begin(stage, batch.out, record, log, not why, batch.failed)
+    return _run_stage(stage, folder, record, batch, log)
 
 # %% ../nbs/95_pipeline.ipynb #ab3f574e
 _RECORDED = ('hatemm_clip', 'torch', 'open_clip_torch', 'faster-whisper', 'openai-whisper', 'lancedb',
@@ -400,6 +403,22 @@ def _versions():
         except PackageNotFoundError: pass
     return found
 
+# %% ../nbs/95_pipeline.ipynb #6fdb1ef6
+def _each_stage(batch, log, echo):
+    "Do the stages in turn; the failure of one that the others can do without is raised at the end."
+    errors = []
+    for stage in batch.stages():
+        try: echo(_do_stage(stage, batch, log))
+        except Exception as e:
+            if stage not in DISPENSABLE or stage == batch.stages()[-1]: raise
+            echo(f'{stage:<12} failed; the run goes on without it')
+            batch.failed.append(stage)
+            errors.append(e)
+    if not errors: return
+    from hatemm_clip.base import InputError
+    if not isinstance(errors[0], InputError): raise errors[0]
+    refuse(f'{errors[0]}; the rest of the run is done, without it')
+
 # %% ../nbs/95_pipeline.ipynb #f163d3a4
 def _run_stages(batch, echo):
     "Run what is stale; what a stage made is recorded, so that those after it see it."
@@ -408,7 +427,7 @@ def _run_stages(batch, echo):
     recover(batch.out, log)
     log.update(versions=_versions(), parameters=batch.params)
     write_log(batch.out, log)
-    for stage in batch.stages(): echo(_do_stage(stage, batch, log))
+    _each_stage(batch, log, echo)
 
 # %% ../nbs/95_pipeline.ipynb #6e850889
 def run_pipeline(
