@@ -254,7 +254,7 @@ def find_annotations(
     if usual or len(tables) == 1: return [*usual, *tables][0]
     names = ', '.join(p.name for p in tables)
     if tables: raise InputError(f"{folder}: {names} could all hold the labels; name one as `annotations`")
-    return _no_annotations(folder, f"{folder}: no table of labels")
+    return _no_annotations(folder, f"{folder}: no annotation file")
 
 # %% ../nbs/00_data.ipynb #9877b204
 def _no_annotations(folder, what):
@@ -267,13 +267,14 @@ def _no_annotations(folder, what):
 def read_folder(
     data_dir: Path, # paths of the table are relative to it
     annotations: str = '', # the table; '': found
+    positive: str = '', # the positive class of two; '': as the words say
 ) -> pd.DataFrame: # a row a video; labels numbered in the order of their names
     "Read your own data: a table of `path,label[,start,end][,text]`."
-    rows = list(_numbered_rows(find_annotations(data_dir, annotations), ['path', 'label']))
-    names = sorted({str(row['label']) for _, row in rows})
+    rows = list(_numbered_rows(find_annotations(data_dir, annotations), ['label']))
+    names = order_labels(sorted({str(row['label']) for _, row in rows}), positive)
     videos = {}
     for where, row in rows:
-        path, label = row['path'], str(row['label'])
+        path, label = row[file_column(row)], str(row['label'])
         text = dict(text=row['text']) if 'text' in row else {}
         new = _video(Path(path).with_suffix('').as_posix(), data_dir/path, names.index(label), label, [], **text)
         video = videos.setdefault(path, new)
@@ -290,12 +291,13 @@ def read_dataset(
     name: str, # a key of READERS
     data_dir: str | Path, # its folder
     annotations: str = '', # for `folder`: its table; '': found
+    positive: str = '', # for `folder`: the positive class of two; '': as the words say
 ) -> pd.DataFrame: # a row a video: video_id, dataset, path, label, label_name, targets, spans, target_text
     "Read any data set's annotations into one form, in an order that says nothing."
     if name not in READERS: raise InputError(f"data set '{name}' is unknown; expected one of {', '.join(READERS)}")
     data_dir = Path(data_dir).resolve()
     if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; name the one that holds your videos")
-    more = dict(annotations=annotations) if annotations and name == 'folder' else {}
+    more = dict(annotations=annotations, positive=positive) if name == 'folder' else {}
     videos = READERS[name](data_dir, **more).assign(dataset=name)
     doubled = videos.video_id[videos.video_id.duplicated()].tolist()
     if doubled and 'part' not in videos:

@@ -9,7 +9,6 @@ __all__ = ['AT_IMPORT', 'ALL', 'TABLES', 'ENDS', 'DATASET_FILES', 'KEEP_ROWS', '
 
 # %% ../nbs/94_keys.ipynb #64aa76c1
 import ast
-import csv
 import hashlib
 import json
 import os
