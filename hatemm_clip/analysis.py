@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .base import InputError, read_json, read_table, Run, write_json, write_text
+from .data import FAILED_VIDEOS
 from .compare import (
     adjust_holm, head_names, metric_table, paired_difference, plot_matrix, select_part,
     summarise_heads, summarise_runs)
@@ -178,6 +179,15 @@ def _png(ax):
     plt.close(ax.figure)
     return base64.b64encode(buffer.getvalue()).decode()
 
+# %% ../nbs/60_analysis.ipynb #0ae2267e
+_TWO = ('not hateful', 'hateful')
+
+
+def _names_of(predictions, label_names):
+    "Names of the classes that were scored; their numbers where the given names are of others."
+    classes = len(predictions.prob.iloc[0]) if predictions.prob.dtype == object else 2
+    return list(label_names) if len(label_names) == classes else [str(i) for i in range(classes)]
+
 # %% ../nbs/60_analysis.ipynb #32e21b74
 _MAX_DRAWN = 6
 
@@ -226,13 +236,13 @@ def _robustness_figures(cells):
             ('What adversarial training gives back', plot_gains(cells), gains)]
 
 # %% ../nbs/60_analysis.ipynb #99ae757f
-def _report_figures(predictions, positive, part, cells):
+def _report_figures(predictions, label_names, part, cells):
     "Heading, PNG and caption of each figure of the report, and whether it needs the whole width."
     rows = select_part(predictions, part)
     names, two_classes = head_names(rows), rows.prob.dtype != object
     drawn = rows[names.isin(names.unique()[:_MAX_DRAWN])]
-    figures = _curves(drawn, part, positive) if two_classes else []
-    figures += _confusions(drawn, part, (f'not {positive}', positive) if two_classes else None)
+    figures = _curves(drawn, part, label_names[1]) if two_classes else []
+    figures += _confusions(drawn, part, label_names)
     runs = [rows[rows.run == run] for run in drawn.run.unique()]
     metric = 'auroc' if two_classes else 'macro_f1'
     figures += [_heat_map(run, metric, part) for run in runs if _num_conditions(run) > 1]
@@ -268,14 +278,20 @@ def _compare_with_first(predictions, part):
     return first, [[head, *([text(head, k) for k in _COMPARED] if head in known else unknown)] for head in pairs]
 
 # %% ../nbs/60_analysis.ipynb #1259057d
-def _facts(predictions, part, positive):
+def _shares(clips, label_names):
+    "Share of the positive class of two, or of each class."
+    share = [f'{(clips.label == i).mean():.0%} {name}' for i, name in enumerate(label_names)]
+    return ', '.join(share) if len(share) > 2 else f'{share[1]}, the positive class'
+
+
+def _facts(predictions, part, label_names):
     "One line on what was scored."
     from hatemm_clip import __version__
     rows = select_part(predictions, part)
     clips = rows.drop_duplicates('clip_id')
-    share = f' ({clips.label.mean():.0%} {positive})' if rows.prob.dtype != object else ''
-    return (f'{rows.video_id.nunique()} videos, {len(clips)} clips{share}; {rows.run.nunique()} runs, '
-            f'{rows.seed.nunique()} seeds, {rows.fold.nunique()} folds; part {part}; hatemm_clip {__version__}.')
+    scored = f'{rows.video_id.nunique()} videos, {len(clips)} clips ({_shares(clips, label_names)})'
+    return (f'{scored}; {rows.run.nunique()} runs, {rows.seed.nunique()} seeds, {rows.fold.nunique()} folds; '
+            f'part {part}; hatemm_clip {__version__}.')
 
 # %% ../nbs/60_analysis.ipynb #72d3d21e
 def _metric_rows(predictions, part):
@@ -293,12 +309,13 @@ def write_report(
     title: str = 'Hateful video detection', # heading of the page
     notes: str = '', # a paragraph under it, plain text
     demo: bool = False, # say on top that the data are generated
-    positive: str = 'hateful', # name of label 1
+    label_names: tuple = _TWO, # in the order of the labels
     part: str = 'test', # train, val or test
     cells: list | None = None, # of a robustness matrix, from robust.json
     left_out: dict | None = None, # condition of the matrix that the clips did not carry → reason
 ) -> Path: # `path`
     "Write one self-contained page with tables and figures."
+    label_names = _names_of(predictions, label_names)
     tables = [('Metrics', *_metric_rows(predictions, part), 'Mean ± sd over seeds [95 % interval by video].')]
     first, differences = _compare_with_first(predictions, part)
     caption = ('Same videos, same seeds; interval and permutation p by video, '
@@ -307,8 +324,8 @@ def write_report(
     if left_out: tables.append(('Left out of the robustness matrix', ['condition', 'why'], list(left_out.items()), _FEW))
     page = _render(_STYLE + _TABLES + _FIGURES, autoescape=True)
     return write_text(path, page(
-        title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, positive),
-        tables=tables, figures=_report_figures(predictions, positive, part, cells)))
+        title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, label_names),
+        tables=tables, figures=_report_figures(predictions, label_names, part, cells)))
 
 # %% ../nbs/60_analysis.ipynb #38e647e3
 _PURPOSE = '''# {{ title }}
@@ -320,8 +337,13 @@ _PURPOSE = '''# {{ title }}
 {% endif %}
 ## What it does
 
-Gives a short video the probability that it is {{ positive }}, from the modalities it was trained on.
-At or above the threshold the video is worth a person's look.
+{% if label_names|length == 2 %}
+Gives a short video the probability of the class **{{ label_names[1] }}**, as against {{ label_names[0] }},
+from the modalities it was trained on. At or above the threshold the video is worth a person's look.
+{% else %}
+Gives a short video the probability of each of the classes {{ label_names|join(', ') }},
+from the modalities it was trained on.
+{% endif %}
 
 ## What it is not for
 
@@ -353,7 +375,7 @@ _QUALITY = '''## How well it works
   See the error lists by target group before use.
 - Labels are opinions of annotators; some clips have no right answer.
 - Swapping or masking one modality can hide hate from it. The robustness table says by how much, where one was made.
-- A probability holds for a share of {{ positive }} clips like that of its data.
+- A probability holds for shares of the classes like those of its data.
   On a platform hate is rarer, so more alarms are false.
 
 {% if notes %}
@@ -377,13 +399,14 @@ def write_model_card(
     config: dict | None = None, # of the bundle's config.json: encoder, head, threshold, temperature, splits hash
     notes: str = '', # data, licences, anything else, Markdown
     demo: bool = False, # say on top that the data are generated
-    positive: str = 'hateful', # name of label 1
+    label_names: tuple = _TWO, # in the order of the labels
     part: str = 'test', # train, val or test
 ) -> Path: # `path`
     "Write the card that says what the model is for, and what it is not."
+    label_names = _names_of(predictions, label_names)
     page = _render(_PURPOSE + _QUALITY, trim_blocks=True, lstrip_blocks=True)
     return write_text(path, page(
-        title=title, demo=demo, positive=positive, notes=notes, facts=_facts(predictions, part, positive),
+        title=title, demo=demo, label_names=label_names, notes=notes, facts=_facts(predictions, part, label_names),
         table=_markdown_table(*_metric_rows(predictions, part)),
         config=_markdown_table(['', ''], sorted(config.items())) if config else ''))
 
@@ -395,8 +418,25 @@ def _splits_note(run):
     protocols = ', '.join(splits.protocol.unique())
     return f'Splits: protocol {protocols}, {splits.fold.nunique()} folds, {splits.group.nunique()} groups.'
 
+# %% ../nbs/60_analysis.ipynb #02ad42dd
+def _failed_note(run):
+    "A line on the videos that could not be used, by class and by reason."
+    if not (run.folder / FAILED_VIDEOS).exists(): return ''
+    failed = pd.read_csv(run.folder / FAILED_VIDEOS, dtype=str, keep_default_na=False)
+    all_videos = len(failed) + read_table(run.clips).video_id.nunique()
+    counted = lambda column: ', '.join(f'{n} {what}' for what, n in column.value_counts().items())
+    return (f'{len(failed)} of {all_videos} videos could not be used ({counted(failed.label_name)}): '
+            f'{counted(failed.error)}; {FAILED_VIDEOS} names them.')
+
 # %% ../nbs/60_analysis.ipynb #f44896e1
 def _is_demo(run): return run.clips.exists() and bool((read_table(run.clips).dataset == 'demo').all())
+
+# %% ../nbs/60_analysis.ipynb #2045721e
+def _clip_names(run):
+    "Names of the classes of a run, in the order of their labels."
+    if not run.clips.exists(): return _TWO
+    names = read_table(run.clips).groupby('label').label_name.first().to_dict()
+    return [names.get(i, str(i)) for i in range(max(names, default=-1) + 1)]
 
 # %% ../nbs/60_analysis.ipynb #fd134aac
 def _of_bundle(predictions, config, bundle):
@@ -410,16 +450,16 @@ def _of_bundle(predictions, config, bundle):
 def report_run(
     run_dir: str | Path, # holds predictions.parquet; gets metrics.json, report.html, MODEL_CARD.md
     title: str = 'Hateful video detection', # of the report
-    positive: str = 'hateful', # name of label 1
+    label_names: tuple | None = None, # in the order of the labels; None: as the clips say
     demo: bool | None = None, # label it as a demonstration; None: where the clips say so
     predictions: pd.DataFrame | None = None, # None: those of the run
-    notes: str | None = None, # a paragraph under the title; None: on the splits
+    notes: str | None = None, # a paragraph under the title; None: on the splits and on what failed
 ) -> list: # files that were written
     "Write all that can be read about a run."
     run = Run(run_dir)
     if predictions is None: predictions = read_table(run.predictions)
-    about = dict(positive=positive, notes=_splits_note(run) if notes is None else notes,
-                 demo=_is_demo(run) if demo is None else demo)
+    if notes is None: notes = f'{_splits_note(run)} {_failed_note(run)}'.strip()
+    about = dict(label_names=label_names or _clip_names(run), notes=notes, demo=_is_demo(run) if demo is None else demo)
     write_metrics(predictions, run.metrics)
     matrix = read_json(run.folder / 'robust.json')
     robust = {name: matrix.get(name) for name in ('cells', 'left_out')}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'AUDIO_SECONDS', 'SILENCE', 'UNSEEN', 'MEDIA_SUFFIXES', 'detect_dataset',
-           'span_faults', 'row_faults', 'count_annotations', 'examine', 'call_guarded', 'decode_all', 'decode_safely',
-           'write_broken', 'media_faults', 'duplicate_faults', 'file_faults', 'check_dataset', 'format_report',
-           'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
+           'span_faults', 'row_faults', 'table_faults', 'count_annotations', 'examine', 'call_guarded', 'decode_all',
+           'decode_safely', 'write_broken', 'media_faults', 'duplicate_faults', 'file_faults', 'check_dataset',
+           'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
 
 # %% ../nbs/03_check.ipynb #345fb6e6
 import os
@@ -23,7 +23,7 @@ import pandas as pd
 from .base import file_sha256, InputError, progress, read_table
 from .media import (
     frame_hashes, iter_frames, measure_length, MediaError, probe, read_audio, read_frames, SR, write_video)
-from .data import find_annotations, merge_spans, near_duplicates, read_dataset
+from .data import find_annotations, is_harmless, merge_spans, near_duplicates, positive_name, read_dataset
 
 # %% ../nbs/03_check.ipynb #868d3169
 CHECKS = dict(
@@ -48,6 +48,12 @@ CHECKS = dict(
     no_target=('warning', 'the target field is empty'),
     empty_target_list=('warning', 'the target field holds []'),
     empty_transcript=('warning', 'transcribed as nothing'),
+    no_positive=('error', 'two classes, and nobody says which is the positive one'),
+    listed_twice=('error', 'in more rows than one'),
+    repeated=('warning', 'in more rows than one, which agree'),
+    spelt_apart=('warning', 'a label in several spellings, taken as one'),
+    same_but_case=('warning', 'an id that differs from another in case only'),
+    outside_folder=('warning', "a path that leaves the data set's folder"),
 )  # kind of finding → severity, words
 MEDIA_KINDS = list(CHECKS)[:list(CHECKS).index('reversed')]  # those that need the files
 
@@ -64,8 +70,9 @@ def detect_dataset(
     data_dir = Path(data_dir)
     if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; name the one that holds your videos")
     found = [name for file, name in ANNOTATION_FILES.items() if (data_dir/file).is_file()]
-    if not found: find_annotations(data_dir)  # one of one's own, or an error that says what is looked for
-    return found[0] if found else 'folder'
+    if found: return found[0]
+    find_annotations(data_dir)  # one's own table, or an error that says what is looked for
+    return 'folder'
 
 # %% ../nbs/03_check.ipynb #4b8c5784
 def span_faults(
@@ -91,13 +98,27 @@ def row_faults(
 ) -> list[tuple[str, str]]: # kind of finding, reason
     "Find what is wrong with one annotated video."
     faults = span_faults(video.spans, length)
-    hate, benign = video.label_name == 'Hate', video.label_name in ('Non Hate', 'Normal')
-    if hate and not video.spans: faults.append(('hate_without_span', 'Hate'))
+    own = video.dataset == 'folder'
+    hate, benign = video.label > 0 and not own, is_harmless(video.label_name)
+    if hate and not video.spans: faults.append(('hate_without_span', video.label_name))
     if benign and video.spans: faults.append(('span_without_hate', f'{video.label_name}, {len(video.spans)} spans'))
-    if video.dataset == 'folder': return faults
+    if own: return faults
     target = video.target_text.strip()
     if not target: faults.append(('no_target', f'{video.label_name}, no target'))
     if target == '[]': faults.append(('empty_target_list', f'{video.label_name}, target []'))
+    return faults
+
+# %% ../nbs/03_check.ipynb #6bc8fff2
+def table_faults(
+    videos: pd.DataFrame, # from `read_dataset`, not strict
+    data_dir: str | Path, # its folder
+) -> list[tuple[str, str, str]]: # kind of finding, video_id or names, reason
+    "Find what is wrong with an annotation table as a whole."
+    faults, folder, first = list(videos.attrs['faults']), Path(data_dir).resolve(), {}
+    for v in videos.sort_values('video_id').itertuples():
+        if not Path(os.path.normpath(v.path)).is_relative_to(folder): faults.append(('outside_folder', v.video_id, v.path))
+        other = first.setdefault(v.video_id.casefold(), v.video_id)
+        if other != v.video_id: faults.append(('same_but_case', v.video_id, f'like {other}'))
     return faults
 
 # %% ../nbs/03_check.ipynb #ac0b20a0
@@ -420,6 +441,7 @@ def _report(name, data_dir, videos, looks, texts, faults):
                         for severity in ('error', 'warning'))
     return dict(
         data_dir=str(data_dir), dataset=name, **count_annotations(videos),
+        positive='' if count['no_positive'] else positive_name(videos),
         reversed=count['reversed'], overlapping=count['overlapping'], short_spans=count['short_span'],
         outside=None if looks is None else count['outside'],
         no_target=count['no_target'], empty_target_list=count['empty_target_list'],
@@ -456,11 +478,12 @@ def check_dataset(
     transcripts: str | Path | None = None, # a transcripts.parquet; None: the one in `data_dir`, if any
     timeout: float = 30., # seconds a file
     workers: int = 2, # processes
+    positive: str = '', # the positive one of two classes; '': as their names say
 ) -> dict: # JSON-ready: counts; `problems`: kind → severity, count, rows of id and reason; `errors`, `warnings`
     "Check a data set's annotations and media."
     data_dir = Path(data_dir)
     name = detect_dataset(data_dir) if dataset == 'auto' else dataset
-    videos = read_dataset(name, data_dir)
+    videos = read_dataset(name, data_dir, positive, strict=False)
     texts = _read_transcripts(data_dir, transcripts)
     present = videos[[media and Path(path).is_file() for path in videos.path]]
     looks = dict(zip(present.video_id, decode_all(list(present.path), timeout, workers)))
@@ -470,6 +493,7 @@ def check_dataset(
     for v in videos.itertuples():
         length = looks.get(v.video_id, UNSEEN)['length'] or None
         faults += [(kind, v.video_id, reason) for kind, reason in row_faults(v, length)]
+    faults += table_faults(videos, data_dir)
     faults += [('empty_transcript', clip_id, 'no words') for clip_id in _empty(texts)]
     return _report(name, data_dir, videos, looks if media else None, texts, faults)
 
@@ -478,7 +502,8 @@ def _annotation_lines(report):
     listed = lambda counts: ', '.join(f'{name} {n:,}' for name, n in counts.items()) or 'none'
     outside = '' if report['outside'] is None else f", {report['outside']} outside the video"
     faults = f"{report['reversed']} reversed, {report['overlapping']} overlapping, {report['short_spans']} shorter than 1 s"
-    return [f"labels       {listed(report['labels'])}",
+    classes = f"; positive: {report['positive']}" if report['positive'] else ''
+    return [f"labels       {listed(report['labels'])}{classes}",
             f"targets      {listed(report['targets'])}",
             f"             {report['no_target']} empty, {report['empty_target_list']} hold []",
             f"spans        {report['spans']:,}: {faults}{outside}"]

@@ -262,7 +262,8 @@ def _config_of(model, **more):
     temperature, threshold, knots = model.calibration_
     config = dict(
         format=1, version=__version__, head=model.head, params=params, modalities=model.dims_,
-        label_names=model.label_names_, threshold=threshold, temperature=temperature,
+        label_names=model.label_names_, positive=model.label_names_[1] if len(model.label_names_) == 2 else '',
+        threshold=threshold, temperature=temperature,
         epoch=model.members_.epoch.tolist(), **more)
     return config if knots is None else config | dict(isotonic=knots)
 

@@ -112,11 +112,12 @@ def check(
     dataset: str = typer.Option('auto', help='hatemm, demo, mhc_en, mhc_zh, folder; auto: found out.'),
     media: bool = typer.Option(True, help='Look into the videos, too.'),
     timeout: float = typer.Option(30., help='Seconds that one file may take.'),
+    positive: str = typer.Option('', help="The positive one of two classes; by default what their names say."),
     json_file: str = JSON,
 ):
     "Validate annotations and media; exit code 1 on errors."
     from hatemm_clip.check import check_dataset, format_report
-    report = check_dataset(folder, dataset, media=media, timeout=timeout)
+    report = check_dataset(folder, dataset, media=media, timeout=timeout, positive=positive)
     _emit(report, json_file)
     if json_file != '-': print(format_report(report))
     if report['errors']: raise typer.Exit(1)

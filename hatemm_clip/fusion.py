@@ -500,7 +500,7 @@ def crossval_folds(
     *args, **kwargs, # of `crossval`
 ) -> pd.DataFrame: # `predictions`
     "Cross-validate on features that all folds share, or on each fold's own."
-    if len(features) == 1 and len(features[0].split) > 1: return crossval(features[0], *args, **kwargs)
+    if 'fold' not in features[0].provenance: return crossval(features[0], *args, **kwargs)
     tables = [crossval(f, *args, **kwargs).assign(fold=f.provenance['fold']) for f in features]
     return pd.concat(tables, ignore_index=True)
 

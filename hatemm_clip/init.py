@@ -16,7 +16,7 @@ import pandas as pd
 
 from .base import InputError, write_text
 from .data import (
-    find_annotations, find_groups, make_splits, order_labels, probe_clips, read_dataset)
+    find_annotations, find_groups, make_splits, probe_clips, read_dataset)
 
 # %% ../nbs/96_init.ipynb #9f568384
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def read_own(
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(f'{folder}: no such folder; name the one that holds your videos')
     table = find_annotations(folder, annotations)
-    videos = read_dataset('folder', folder, str(table.resolve()), positive)
-    names = order_labels(sorted(videos.label_name.unique()), positive)
+    videos = read_dataset('folder', folder, positive, annotations=str(table.resolve()))
+    names = videos.sort_values('label').label_name.unique().tolist()
     if len(names) < 2: raise InputError(f'{table}: every video is labelled {names[0]}; two classes are the least')
     videos = probe_clips(videos)
     good = videos[videos.error == '']

@@ -196,11 +196,9 @@ DATASET_FILES = dict(hatemm=_HATEMM, demo=_HATEMM, mhc_en=_MHC, mhc_zh=_MHC)
 
 def _own_files(folder, annotations):
     "The table of one's own data, and the files that it names and that are there."
-    from hatemm_clip.data import file_column, find_annotations, read_rows
-    table = find_annotations(folder, annotations)
-    rows = read_rows(table, [])
-    files = {folder/str(r.get(file_column(r))) for r in rows if r.get(file_column(r))}
-    return [table, *sorted(p for p in files if p.is_file())]
+    from hatemm_clip.data import find_annotations, read_folder
+    files = {Path(p) for p in read_folder(folder, annotations).path}
+    return [find_annotations(folder, annotations), *sorted(p for p in files if p.is_file())]
 
 # %% ../nbs/94_keys.ipynb #c93822d6
 def data_fingerprint(

@@ -55,14 +55,15 @@ def _check_data(parameters):
         value = parameters.get(name, '')
         if value in ('', 'grouped', 'published') or Path(value).is_file(): continue
         refuse(f"{name}: {value}: no such file")
-    known = dataset == 'demo' or _columns(dataset, parameters['data_dir'], parameters.get('annotations', ''))
+    known = dataset == 'demo' or _columns(dataset, parameters)
     if split == 'published' and (dataset == 'demo' or 'part' not in known):
         refuse(f"split is 'published', but {dataset} comes without one; take 'grouped' or name a file")
 
 # %% ../nbs/95_pipeline.ipynb #6f971e4e
-def _columns(dataset, data_dir, annotations):
+def _columns(dataset, parameters):
     from hatemm_clip.data import read_dataset
-    return list(read_dataset(dataset, data_dir, annotations))
+    options = {name: parameters.get(name, '') for name in ('positive', 'annotations')}
+    return list(read_dataset(dataset, parameters['data_dir'], **options))
 
 # %% ../nbs/95_pipeline.ipynb #f75fc8ae
 def _check_recogniser(parameters):
