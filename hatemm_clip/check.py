@@ -479,11 +479,12 @@ def check_dataset(
     timeout: float = 30., # seconds a file
     workers: int = 2, # processes
     positive: str = '', # the positive one of two classes; '': as their names say
+    annotations: str = '', # of a folder of one's own: its table; '': found
 ) -> dict: # JSON-ready: counts; `problems`: kind → severity, count, rows of id and reason; `errors`, `warnings`
     "Check a data set's annotations and media."
     data_dir = Path(data_dir)
     name = detect_dataset(data_dir) if dataset == 'auto' else dataset
-    videos = read_dataset(name, data_dir, positive, strict=False)
+    videos = read_dataset(name, data_dir, positive, strict=False, annotations=annotations)
     texts = _read_transcripts(data_dir, transcripts)
     present = videos[[media and Path(path).is_file() for path in videos.path]]
     looks = dict(zip(present.video_id, decode_all(list(present.path), timeout, workers)))

@@ -105,10 +105,18 @@ def init(
     print(f'{path}: {describe(own)}\nNext:')
     for command in next_steps(path, own): print(f'  {command}')
 
+# %% ../nbs/97_cli.ipynb #720176bf
+def _data_of(params_file):
+    "The data that a parameter file names, its folder as seen from here."
+    from hatemm_clip.pipeline import data_parameters
+    found = data_parameters(params_file)
+    folder, here = Path(found['data_dir']), Path.cwd()
+    return found | dict(data_dir=folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
 # %% ../nbs/97_cli.ipynb #0c563656
 @app.command()
 def check(
-    folder: str = typer.Argument(..., help="A data set's folder."),
+    folder: str = typer.Argument(..., help="A data set's folder, or a parameter file that names one."),
     dataset: str = typer.Option('auto', help='hatemm, demo, mhc_en, mhc_zh, folder; auto: found out.'),
     media: bool = typer.Option(True, help='Look into the videos, too.'),
     timeout: float = typer.Option(30., help='Seconds that one file may take.'),
@@ -117,7 +125,9 @@ def check(
 ):
     "Validate annotations and media; exit code 1 on errors."
     from hatemm_clip.check import check_dataset, format_report
-    report = check_dataset(folder, dataset, media=media, timeout=timeout, positive=positive)
+    asked = dict(data_dir=folder, dataset=dataset, positive=positive)
+    if Path(folder).suffix in ('.yml', '.yaml'): asked = _data_of(folder)
+    report = check_dataset(**asked, media=media, timeout=timeout)
     _emit(report, json_file)
     if json_file != '-': print(format_report(report))
     if report['errors']: raise typer.Exit(1)

@@ -509,7 +509,8 @@ def _write_matrix(plan, predictions, cells, out):
     donors = donor_table(plan.features, plan.maps)
     write_table(donors, out.with_name(f'{out.stem}_donors.parquet'), DONOR_COLUMNS, splits, seed=s.seed)
     write_table(predictions, out, PREDICTIONS, splits, **made)
-    write_json(out.with_suffix('.json'), dict(cells=cells, left_out=plan.left_out))
+    left_out = dict(left_out=plan.left_out) if plan.left_out else {}
+    write_json(out.with_suffix('.json'), dict(cells=cells) | left_out)
 
 # %% ../nbs/50_robust.ipynb #1e858749
 def _words_of(c):
