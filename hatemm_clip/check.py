@@ -116,7 +116,8 @@ def table_faults(
     "Find what is wrong with an annotation table as a whole."
     faults, folder, first = list(videos.attrs['faults']), Path(data_dir).resolve(), {}
     for v in videos.sort_values('video_id').itertuples():
-        if not Path(os.path.normpath(v.path)).is_relative_to(folder): faults.append(('outside_folder', v.video_id, v.path))
+        ways = Path(os.path.normpath(v.path)), Path(v.path).parent.resolve()  # as it is written, and behind links
+        if not any(way.is_relative_to(folder) for way in ways): faults.append(('outside_folder', v.video_id, v.path))
         other = first.setdefault(v.video_id.casefold(), v.video_id)
         if other != v.video_id: faults.append(('same_but_case', v.video_id, f'like {other}'))
     return faults

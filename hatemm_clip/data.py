@@ -143,7 +143,7 @@ def _read_text(path):
     raise InputError(f"{path} line {text.count(chr(10), 0, text.index(chr(0))) + 1}: holds a zero byte; export it again")
 
 # %% ../nbs/00_data.ipynb #fba9932f
-def _column_key(name): return re.sub(r'[\s_-]+', '_', str(name).strip().casefold())
+def _column_key(name): return re.sub(r'[\s_-]+', '', str(name).casefold())
 
 
 def _rename_columns(names, wanted, where):
@@ -203,7 +203,9 @@ def _csv_rows(path, required, optional):
     "Where each row stands, and the row, of a table with a header."
     wanted = [*required, *optional]
     lines = _table_lines(path, wanted)
-    names = _rename_columns(next(lines, (1, []))[1], wanted, path)
+    header = next(lines, None)
+    if not header: return
+    names = _rename_columns(header[1], wanted, path)
     while names and not names[-1]: names.pop()  # Excel's empty columns
     _check_columns(names, required, path)
     for number, cells in lines: yield (where := f'{path} line {number}'), _fit_row(cells, names, where)
@@ -362,7 +364,8 @@ def _own_file(text, data_dir, where):
     if not Path(name).name or '\0' in name: raise InputError(f"{where}: the file's name is {text!r}; expected one such as clips/a.mp4")
     tried = [text, name, name.replace('\\', '/')]
     tried += [unicodedata.normalize(form, t) for t in tried[1:] for form in ('NFC', 'NFD')]
-    return os.path.normpath(next((t for t in tried if os.path.exists(data_dir/t)), name))
+    found = os.path.normpath(next((t for t in tried if os.path.exists(data_dir/t)), name))
+    return os.path.relpath(found, data_dir) if Path(found).is_relative_to(data_dir) else found
 
 # %% ../nbs/00_data.ipynb #c2ef5e22
 def _own_ids(files):

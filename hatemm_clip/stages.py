@@ -315,7 +315,8 @@ def _typed(value, default, where):
         try: return float(value)
         except ValueError: pass
     article = 'an' if kind is int else 'a'
-    refuse(f"{where} is {value!r}; expected {article} {kind.__name__}, such as {default!r}")
+    quotes = '; put it in quotes' if kind is str and given in (bool, float) else ''  # YAML reads yes as true
+    refuse(f"{where} is {value!r}; expected {article} {kind.__name__}, such as {default!r}{quotes}")
 
 # %% ../nbs/91_stages.ipynb #224cf05c
 def _known_parameters(notebooks):
