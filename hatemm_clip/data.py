@@ -401,7 +401,7 @@ def file_column(
     columns, # names
 ) -> str: # the one that names files, as it is spelt; '' where there is none
     "Find the column of files."
-    plain = {str(c).strip().lower(): c for c in columns}
+    plain = {_column_key(c): c for c in columns}
     return next((plain[name] for name in FILE_COLUMNS if name in plain), '')
 
 # %% ../nbs/00_data.ipynb #89f002b8
@@ -416,7 +416,7 @@ def _header(table):
 
 def _is_annotation(table):
     names = _header(table)
-    return bool(file_column(names)) and 'label' in {name.lower() for name in names}
+    return bool(file_column(names)) and 'label' in map(_column_key, names)
 
 # %% ../nbs/00_data.ipynb #88436779
 def find_annotations(

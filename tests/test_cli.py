@@ -122,7 +122,7 @@ def test_folds_that_leak(hatemm, tmp_path, own_features):
     "Refused with the share and the first ids; with --allow-leak every figure carries the mark."
     import numpy as np
     file = dict(np.load(own_features))
-    np.savez(tmp_path/'torn.npz', **file, video_ids=np.array([f'film{i % 30}' for i in range(60)]))
+    np.savez(tmp_path/'torn.npz', **file, video_ids=np.array([f'film{i % 12}' for i in range(60)]))
     refused = one_line_error(hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1'))
     assert '100% of the test clips' in refused and 'film0, film1' in refused and '--allow-leak' in refused
     assert '--allow-leak' in one_line_error(hatemm('robust', tmp_path/'torn.npz', '--seeds', '1'))
