@@ -221,7 +221,7 @@ def find_annotations(
     tables = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in _TABLES and _is_annotation(p)]
     if usual or len(tables) == 1: return [*usual, *tables][0]
     names = ', '.join(p.name for p in tables)
-    if tables: raise InputError(f"{folder}: {names} could all hold the labels; name one as `annotations`")
+    if tables: raise InputError(f"{folder}: holds {names}, any of which could be the table of labels; name one as `annotations`")
     return _no_annotations(folder, f"{folder}: no annotation file")
 
 # %% ../nbs/00_data.ipynb #9877b204
