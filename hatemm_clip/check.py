@@ -23,7 +23,8 @@ import pandas as pd
 from .base import file_sha256, InputError, progress, read_table
 from .media import (
     frame_hashes, iter_frames, measure_length, MediaError, probe, read_audio, read_frames, SR, write_video)
-from .data import find_annotations, is_harmless, merge_spans, near_duplicates, positive_name, read_dataset
+from .data import find_annotations, merge_spans, near_duplicates, positive_name, read_dataset
+from .tables import is_harmless
 
 # %% ../nbs/03_check.ipynb #868d3169
 CHECKS = dict(
@@ -117,7 +118,8 @@ def table_faults(
     faults, folder, first = list(videos.attrs['faults']), Path(data_dir).resolve(), {}
     for v in videos.sort_values('video_id').itertuples():
         ways = Path(os.path.normpath(v.path)), Path(v.path).parent.resolve()  # as it is written, and behind links
-        if not any(way.is_relative_to(folder) for way in ways): faults.append(('outside_folder', v.video_id, v.path))
+        inside = any(way.is_relative_to(folder) for way in ways)
+        if not inside: faults.append(('outside_folder', v.video_id, v.path))
         other = first.setdefault(v.video_id.casefold(), v.video_id)
         if other != v.video_id: faults.append(('same_but_case', v.video_id, f'like {other}'))
     return faults

@@ -195,6 +195,6 @@ def test_init_says_what_the_data_cannot_carry(hatemm, tmp_path, own_folder):
     label(own_folder, 'a.csv', ['cats', 'dogs', 'dogs']*3)
     assert "'cats', 'dogs'" in init() and 'positive' in init()
     label(own_folder, 'b.csv', ['hateful']*2 + ['normal']*7)
-    assert 'a.csv, b.csv could all hold the labels' in init()
+    assert 'holds a.csv, b.csv, any of which could be the table' in init()
     assert 'normal 7 in 7 groups, hateful 2 in 2 groups' in init('--annotations', 'b.csv')
     assert not (tmp_path/'own.yml').exists()

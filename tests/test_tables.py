@@ -7,7 +7,8 @@ import pytest
 
 from hatemm_clip.base import InputError
 from hatemm_clip.check import check_dataset, detect_dataset, format_report
-from hatemm_clip.data import is_harmless, order_labels, parse_seconds, positive_name, read_dataset, read_rows, read_splits
+from hatemm_clip.data import positive_name, read_dataset, read_splits
+from hatemm_clip.tables import is_harmless, order_labels, parse_seconds, read_rows
 
 PLAIN = 'file,label\na.mp4,hateful\nb.mp4,normal\nc.mp4,hateful\n'
 MEANT = {'a': 'hateful', 'b': 'normal', 'c': 'hateful'}
