@@ -299,6 +299,9 @@ def _metric_rows(predictions, part):
     table = metric_table(predictions, part=part)
     return ['run', *table.columns], [[head, *row] for head, row in zip(table.index, table.to_numpy())]
 
+# %% ../nbs/60_analysis.ipynb #8b06fcbc
+_FEW = 'A swap takes its donors from the same part of the same fold; where there are too few clips, it is not made.'
+
 # %% ../nbs/60_analysis.ipynb #7db31fb4
 def write_report(
     predictions: pd.DataFrame, # a `predictions` table
@@ -309,6 +312,7 @@ def write_report(
     label_names: tuple = _TWO, # in the order of the labels
     part: str = 'test', # train, val or test
     cells: list | None = None, # of a robustness matrix, from robust.json
+    left_out: dict | None = None, # condition of the matrix that the clips did not carry → reason
 ) -> Path: # `path`
     "Write one self-contained page with tables and figures."
     label_names = _names_of(predictions, label_names)
@@ -317,6 +321,7 @@ def write_report(
     caption = ('Same videos, same seeds; interval and permutation p by video, '
                'p corrected for the number of runs (Holm).')
     if differences: tables.append((f'Difference from {first}', ['run', *_COMPARED], differences, caption))
+    if left_out: tables.append(('Left out of the robustness matrix', ['condition', 'why'], list(left_out.items()), _FEW))
     page = _render(_STYLE + _TABLES + _FIGURES, autoescape=True)
     return write_text(path, page(
         title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, label_names),
@@ -456,8 +461,9 @@ def report_run(
     if notes is None: notes = f'{_splits_note(run)} {_failed_note(run)}'.strip()
     about = dict(label_names=label_names or _clip_names(run), notes=notes, demo=_is_demo(run) if demo is None else demo)
     write_metrics(predictions, run.metrics)
-    cells = read_json(run.folder / 'robust.json').get('cells')
-    write_report(predictions, run.report, title=title, cells=cells, **about)
+    matrix = read_json(run.folder / 'robust.json')
+    robust = {name: matrix.get(name) for name in ('cells', 'left_out')}
+    write_report(predictions, run.report, title=title, **robust, **about)
     config = read_json(run.bundle / 'config.json') or None
     mine = predictions if config is None else _of_bundle(predictions, config, run.bundle)
     written = [run.metrics, run.report, write_model_card(mine, run.card, config=config, **about)]

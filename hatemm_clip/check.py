@@ -18,7 +18,7 @@ import pandas as pd
 from .base import InputError, read_table
 from .sound import SILENCE
 from .examine import decode_all, UNSEEN
-from .data import merge_spans, near_duplicates, positive_name, read_dataset
+from .data import find_annotations, merge_spans, near_duplicates, positive_name, read_dataset
 from .tables import is_harmless
 
 # %% ../nbs/03_check.ipynb #868d3169
@@ -68,11 +68,11 @@ def detect_dataset(
 ) -> str: # a key of `data.READERS`
     "Recognise a data set by the name of its annotation file."
     data_dir = Path(data_dir)
-    if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; `hatemm fetch` or `hatemm demo` fills one")
+    if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; name the one that holds your videos")
     found = [name for file, name in ANNOTATION_FILES.items() if (data_dir/file).is_file()]
     if found: return found[0]
-    if any(p.suffix.lower() in ('.csv', '.tsv', '.jsonl') for p in data_dir.iterdir()): return 'folder'
-    raise InputError(f"{data_dir}: holds no annotation file; expected one of {', '.join(ANNOTATION_FILES)}")
+    find_annotations(data_dir)  # one's own table, or an error that says what is looked for
+    return 'folder'
 
 # %% ../nbs/03_check.ipynb #4b8c5784
 def span_faults(
@@ -268,11 +268,12 @@ def check_dataset(
     timeout: float = 30., # seconds a file
     workers: int = 2, # processes
     positive: str = '', # the positive one of two classes; '': as their names say
+    annotations: str = '', # of a folder of one's own: its table; '': found
 ) -> dict: # JSON-ready: counts; `problems`: kind → severity, count, rows of id and reason; `errors`, `warnings`
     "Check a data set's annotations and media."
     data_dir = Path(data_dir)
     name = detect_dataset(data_dir) if dataset == 'auto' else dataset
-    videos = read_dataset(name, data_dir, positive, strict=False)
+    videos = read_dataset(name, data_dir, positive, strict=False, annotations=annotations)
     texts = _read_transcripts(data_dir, transcripts)
     present = videos[[media and Path(path).is_file() for path in videos.path]]
     looks = dict(zip(present.video_id, decode_all(list(present.path), timeout, workers)))

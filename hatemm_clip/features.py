@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Features', 'parse_set', 'sort_modalities', 'read_features', 'pack_rows', 'FeatureStore', 'is_store', 'open_store',
-           'store_precision', 'check_features', 'check_training', 'deal_folds', 'make_features', 'features_info',
-           'format_info', 'export_features', 'tfidf_features']
+           'store_precision', 'check_features', 'check_training', 'find_leak', 'check_leak', 'deal_folds',
+           'make_features', 'features_info', 'format_info', 'export_features', 'tfidf_features']
 
 # %% ../nbs/16_features.ipynb #90295883
 import json
@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 
 from .base import first_line, InputError, read_table, Run, table_hash, write_atomic
-from .data import part_of_clips
+from .data import LeakError, part_of_clips
 
 # %% ../nbs/16_features.ipynb #0f7e3dc6
 @dataclass
@@ -412,6 +412,44 @@ def check_training(
     if lacking:
         raise InputError(f"no clip of the training part has label {lacking[0]} ({names[lacking[0]]}); deal the folds again, stratified")
     return features
+
+# %% ../nbs/16_features.ipynb #2a692f87
+def _is_torn(names, parts):
+    "Whether the clips of each clip's video or group lie in several parts of a fold: bool (N,)."
+    dealt = parts != ''
+    several = pd.Series(parts[dealt]).groupby(names[dealt]).nunique()
+    return dealt & np.isin(names, several.index[several > 1])
+
+# %% ../nbs/16_features.ipynb #9df48093
+def find_leak(
+    features: Features, # with `split`
+) -> dict: # part, share of its clips and their number, ids of what is torn; empty where nothing is
+    "Measure how many clips have a sibling in another part of their fold."
+    by_video, by_group = (np.stack([_is_torn(names, parts) for parts in features.split])
+                          for names in (features.video_ids, features.groups))
+    for part in ('test', 'val'):
+        here = features.split == part
+        torn = (by_video | by_group) & here
+        if not torn.any(): continue
+        names = np.where(by_video, features.video_ids, features.groups)[torn]
+        return dict(part=part, share=float(torn.sum()/here.sum()), clips=int(torn.any(0).sum()),
+                    ids=list(dict.fromkeys(names.tolist())))
+    return {}
+
+# %% ../nbs/16_features.ipynb #f6c4b5e3
+def check_leak(
+    features: Features, # with `split`
+    allow: bool = False, # let a leak pass; the caller marks what comes out
+) -> float: # share of test clips with a sibling in another part; 0: no leak
+    "Refuse folds that tear a video or a group apart."
+    leak = find_leak(features)
+    if not leak: return 0.
+    if allow: return leak['share']
+    ids, more = ', '.join(leak['ids'][:3]), ' …'*(len(leak['ids']) > 3)
+    where = features.provenance.get('file', 'the features')
+    raise LeakError(f"{where}: {leak['share']:.0%} of the {leak['part']} clips have a sibling, of the same video or "
+                    f"group, in another part of their fold ({len(leak['ids'])} such: {ids}{more}); deal the folds by "
+                    "group (--protocol grouped_5fold), or say --allow-leak, which marks every figure")
 
 # %% ../nbs/16_features.ipynb #01ca61f1
 def _draw_bits(n, rule, rng):

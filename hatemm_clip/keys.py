@@ -9,7 +9,6 @@ __all__ = ['AT_IMPORT', 'ALL', 'TABLES', 'ENDS', 'DATASET_FILES', 'KEEP_ROWS', '
 
 # %% ../nbs/94_keys.ipynb #64aa76c1
 import ast
-import csv
 import hashlib
 import json
 import os
@@ -192,29 +191,27 @@ def _short_form(file):
 # %% ../nbs/94_keys.ipynb #6f73ed49
 _HATEMM = ('HateMM_annotation.csv', 'hate_videos', 'non_hate_videos')
 _MHC = ('train.tsv', 'valid.tsv', 'test.tsv', 'videos')
-_FOLDER = ('annotations.csv', 'annotations.jsonl', 'annotations.tsv')
-DATASET_FILES = dict(hatemm=_HATEMM, demo=_HATEMM, mhc_en=_MHC, mhc_zh=_MHC, folder=_FOLDER)
+DATASET_FILES = dict(hatemm=_HATEMM, demo=_HATEMM, mhc_en=_MHC, mhc_zh=_MHC)
 
 
-def _listed(table):
-    "Files that a table of one's own data names and that are there."
-    with open(table, newline='', encoding='utf-8-sig', errors='replace') as f:
-        if table.suffix == '.jsonl': rows = [json.loads(line) for line in f if line.strip()]
-        else: rows = list(csv.DictReader(f, delimiter='\t' if table.suffix == '.tsv' else ','))
-    files = {table.parent/r['path'] for r in rows if isinstance(r, dict) and r.get('path')}
-    return sorted(p for p in files if p.is_file() and p.is_relative_to(table.parent))
+def _own_files(folder, annotations):
+    "The table of one's own data, and the files that it names and that are there."
+    from hatemm_clip.data import find_annotations, read_folder
+    files = {Path(p) for p in read_folder(folder, annotations).path}
+    return [find_annotations(folder, annotations), *sorted(p for p in files if p.is_file())]
 
 # %% ../nbs/94_keys.ipynb #c93822d6
 def data_fingerprint(
     dataset: str, # a key of DATASET_FILES
     data_dir: str | Path,
+    annotations: str = '', # for `folder`: its table
 ) -> str: # 16 hex digits
     "Hash what a data set's reader and its media hold."
     folder = Path(data_dir)
     found = [folder/name for name in DATASET_FILES.get(dataset, ()) if (folder/name).exists()]
-    if dataset == 'folder': found = [p for table in found[:1] for p in (table, *_listed(table))]
+    if dataset == 'folder' and folder.is_dir(): found = _own_files(folder, annotations)
     forms = [fingerprint(p) if p.is_dir() else _short_form(p) for p in found]
-    return json_hash([[str(p.relative_to(folder)), form] for p, form in zip(found, forms)])
+    return json_hash([[os.path.relpath(p, folder), form] for p, form in zip(found, forms)])
 
 # %% ../nbs/94_keys.ipynb #989f6177
 def _file_hashes(stage, parameters):
@@ -223,7 +220,8 @@ def _file_hashes(stage, parameters):
     found = {n: fingerprint(path) for n, path in paths.items() if os.path.exists(path)}
     dataset = parameters.get('dataset', 'demo')
     if stage != '00_data' or dataset == 'demo': return found
-    return found | dict(data_dir=data_fingerprint(dataset, parameters['data_dir']))
+    annotations = parameters.get('annotations', '')
+    return found | dict(data_dir=data_fingerprint(dataset, parameters['data_dir'], annotations))
 
 # %% ../nbs/94_keys.ipynb #b83892b1
 def depends(

@@ -79,10 +79,10 @@ def _take_rows(stage, out, folder, record, log):
         return
 
 # %% ../nbs/92_results.ipynb #58e38a3c
-def _link_needs(stage, out, folder, log):
-    "Links to the results that a stage needs, as they are now."
+def _link_needs(stage, out, folder, log, failed=()):
+    "Links to the results that a stage needs, as they are now; of a stage that has just failed there are none."
     for link in [p for p in folder.iterdir() if p.is_symlink()]: link.unlink()
-    for need in NEEDS[stage]:
+    for need in [n for n in NEEDS[stage] if n not in failed]:
         for name in stage_results(need, out, log['stages'].get(need)):
             if name != f'{need}.ipynb': (folder/name).symlink_to(out/name)
     (folder/'run.json').symlink_to(out/'run.json')
@@ -94,6 +94,7 @@ def begin(
     record: dict, # key, rows
     log: dict, # of `read_log`
     anew: bool = False, # make all rows again
+    failed=(), # stages that it goes on without
 ) -> Path: # the folder to work in
     "Prepare the folder that a stage works in."
     from hatemm_clip.base import read_json, write_json
@@ -105,7 +106,7 @@ def begin(
         folder.mkdir(parents=True)
         if not anew: _take_rows(stage, out, folder, record, log)
     write_json(folder/'.begun.json', dict(key=record['key'], rows=record['rows'], anew=anew))
-    _link_needs(stage, out, folder, log)
+    _link_needs(stage, out, folder, log, failed)
     return folder
 
 # %% ../nbs/92_results.ipynb #c9f7100f

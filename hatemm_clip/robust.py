@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'training_recipe', 'stack_conditions', 'recipe_rows', 'default_train', 'default_test', 'MatrixSettings',
-           'draw_maps', 'MatrixPlan', 'plan_matrix', 'run_matrix', 'control_of', 'matrix_cells', 'worst_case',
-           'choose_training', 'with_interval', 'split_gain', 'plot_gains', 'plot_severity', 'run_robust',
-           'format_cells']
+           'draw_maps', 'MatrixPlan', 'NoMatrix', 'plan_matrix', 'run_matrix', 'control_of', 'matrix_cells',
+           'plain_swaps', 'worst_case', 'choose_training', 'with_interval', 'split_gain', 'plot_gains', 'plot_severity',
+           'run_robust', 'format_cells', 'robust_stage']
 
 # %% ../nbs/50_robust.ipynb #84ed4641
 import dataclasses
@@ -22,12 +22,15 @@ from sklearn.base import clone
 
 from .base import InputError, PREDICTIONS, progress, write_json, write_table
 from .metrics import apply_temperature, interval
-from .compare import difference, Resampled
-from .features import check_features, check_training, Features, read_features, sort_modalities
+from .compare import difference, leak_of, Resampled
+from .features import (
+    check_features, check_leak, check_training, Features, read_features, sort_modalities)
 from .members import ClipTensors, MemberPlan, predict_members, take_members, train_members
 from .classifier import bagged_threshold, choose_calibration, FusionClassifier, join_features
 from .fusion import run_name
-from .corruption import corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, parse_condition
+from .corruption import (
+    corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, NoDonors, parse_condition)
+from .attacks import embed_attacks
 
 # %% ../nbs/50_robust.ipynb #31ab7076
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,7 @@ class MatrixSettings:
     clean_ratio: float = .5 # share of the hateful training rows that are clean
     seed: int = 0 # of donors, corruptions and networks
     params: dict = dataclasses.field(default_factory=dict) # of FusionClassifier, such as epochs
+    allow_leak: bool = False # go on though the folds tear videos apart; every cell says so
 
     def classifier(self):
         params = _NETWORK | dict(seed=self.seed) | self.params
@@ -136,6 +140,8 @@ class MatrixPlan:
     attacked: dict # name → Features of the same clips under an attack on media
     maps: dict # (modality, donor, both classes) → donor map (K, N)
     settings: MatrixSettings
+    left_out: dict = dataclasses.field(default_factory=dict) # condition that the clips do not carry → reason
+    leak: float = 0. # share of test clips with a sibling in another part
 
     @property
     def conditions(self): # in the order of a fold's stack
@@ -149,6 +155,10 @@ def _different(*lists):
     "Items of several lists, each once, in order."
     return list(dict.fromkeys(itertools.chain(*lists)))
 
+# %% ../nbs/50_robust.ipynb #574f0187
+class NoMatrix(InputError):
+    "These clips carry no robustness matrix at all."
+
 # %% ../nbs/50_robust.ipynb #9d37b5e1
 def _check_matrix(features, settings):
     "Stop at features or settings that no matrix can be made of."
@@ -157,7 +167,7 @@ def _check_matrix(features, settings):
         raise InputError('the features have no split; deal one by group, such as data.make_splits does')
     if len(names) != 2:
         names = ', '.join(names)
-        raise InputError(f'labels are {names}; a matrix takes two classes, see data.to_two_classes')
+        raise NoMatrix(f'labels are {names}; a matrix takes two classes, see data.to_two_classes')
     if not 0 < ratio < 1: raise InputError(f'clean_ratio is {ratio}; expected more than 0 and less than 1')
 
 # %% ../nbs/50_robust.ipynb #86a28682
@@ -175,9 +185,20 @@ def plan_matrix(
     if any(t.endswith('_warm') for t in train): train = _different(train, ['control_warm'])
     recipes = {t: training_recipe(t, names, attacked) for t in train}
     test = _different(['normal'], settings.test or default_test(names, attacked))
-    plan = MatrixPlan(features, recipes, test, attacked, {}, settings)
-    maps = draw_maps(features, [c for c in plan.conditions if c not in attacked], settings.seed)
-    return dataclasses.replace(plan, maps=maps)
+    leak = check_leak(features, settings.allow_leak)
+    return _with_donors(MatrixPlan(features, recipes, test, attacked, {}, settings, leak=leak))
+
+# %% ../nbs/50_robust.ipynb #35e636d8
+def _with_donors(plan):
+    "A plan with its donor maps, without the conditions that too few clips can give to."
+    maps, why = {}, {}
+    for name in [c for c in plan.conditions if c not in plan.attacked]:
+        try: maps |= draw_maps(plan.features, [name], plan.settings.seed)
+        except NoDonors as e: why[name] = str(e)
+    lacking = {t: why[c] for t, recipe in plan.recipes.items() for c in recipe.copies if c in why}
+    recipes = {t: recipe for t, recipe in plan.recipes.items() if t not in lacking}
+    test = [t for t in plan.test if t not in why]
+    return dataclasses.replace(plan, recipes=recipes, test=test, maps=maps, left_out=why | lacking)
 
 # %% ../nbs/50_robust.ipynb #ae0c7aff
 def _stack_of_fold(plan, k):
@@ -289,6 +310,7 @@ def run_matrix(
     folds = progress(range(len(plan.features.split)), desc='robust', unit='fold')
     tables = pd.concat([table for k in folds for table in _run_fold(plan, k)], ignore_index=True)
     run = run_name(plan.settings.head, plan.features.arrays)
+    if plan.leak: tables = tables.assign(leak=plan.leak)
     return tables.assign(run=run)[['run', *tables.columns]]
 
 # %% ../nbs/50_robust.ipynb #350a2be2
@@ -336,8 +358,15 @@ def matrix_cells(
         for name, found in values.items(): cell |= _three(name, interval(found[train, test]).tolist())
         cell['recall'] = dict(zip(label_names, r.recall((train, test))))
         cell |= _deltas(values, train, test, 'normal') | _deltas(values, train, test, 'control')
-        cells.append(cell | dict(seeds=r.seeds, videos=r.num_videos))
+        cells.append(cell | dict(seeds=r.seeds, videos=r.num_videos) | leak_of(predictions))
     return cells
+
+# %% ../nbs/50_robust.ipynb #cfc121ce
+def plain_swaps(
+    conditions, # names
+) -> list: # those that swap one modality of hateful clips
+    "The attacks that a worst case is taken over."
+    return [t for t in conditions if re.fullmatch(r'swap_(?!.*_(both|any|same)).*', t)]
 
 # %% ../nbs/50_robust.ipynb #75349dce
 def worst_case(
@@ -350,9 +379,9 @@ def worst_case(
     "The least AUROC over attacks, and the price on clean clips."
     auroc = Resampled(predictions, part, n, seed).auroc()
     trains, tests = map(_different, zip(*auroc))
-    attacks = attacks or [t for t in tests if re.fullmatch(r'swap_(?!.*_(both|any|same)).*', t)]
+    attacks = attacks or plain_swaps(tests) or ['normal']  # no swap was possible: the worst case is the clean one
     unknown = [a for a in attacks if a not in tests]
-    if unknown or not attacks:
+    if unknown:
         raise InputError(f"attacks {unknown} are not among the test conditions {', '.join(tests)}")
     under = {t: np.stack([auroc[t, a] for a in attacks]) for t in trains}
     worst, rows = {t: every.min(0) for t, every in under.items()}, []
@@ -463,11 +492,12 @@ def run_robust(
     out: str | Path | None = None, # .parquet for predictions; cells and donors go beside it; None: none
     settings: MatrixSettings = MatrixSettings(),
     attacked: dict | None = None, # name → Features, from `embed_attacks`
-) -> tuple: # predictions, cells
-    "Run the stage: the whole matrix, its cells, its donors."
+) -> tuple: # predictions, with `left_out` in `attrs`; cells
+    "Make the whole matrix, its cells, its donors."
     plan = plan_matrix(read_features(path), settings, attacked)
     predictions = run_matrix(plan)
     cells = matrix_cells(predictions, seed=settings.seed)
+    predictions.attrs['left_out'] = plan.left_out
     if out is not None: _write_matrix(plan, predictions, cells, Path(out))
     return predictions, cells
 
@@ -479,7 +509,8 @@ def _write_matrix(plan, predictions, cells, out):
     donors = donor_table(plan.features, plan.maps)
     write_table(donors, out.with_name(f'{out.stem}_donors.parquet'), DONOR_COLUMNS, splits, seed=s.seed)
     write_table(predictions, out, PREDICTIONS, splits, **made)
-    write_json(out.with_suffix('.json'), dict(cells=cells))
+    left_out = dict(left_out=plan.left_out) if plan.left_out else {}
+    write_json(out.with_suffix('.json'), dict(cells=cells) | left_out)
 
 # %% ../nbs/50_robust.ipynb #1e858749
 def _words_of(c):
@@ -499,4 +530,29 @@ def format_cells(
     title = ('trained on', 'tested on', 'AUROC [95 % by video]', 'vs normal', 'vs control (p)',
              'macro-F1 clean / tuned threshold')
     line = lambda words: ''.join(f'{w:<{width}}' for w, width in zip(words, (18, 20, 26, 11, 18, 0)))
-    return '\n'.join(map(line, [title, *map(_words_of, cells)]))
+    leak = max((c.get('leak', 0) for c in cells), default=0)
+    mark = [f'LEAK: {leak:.0%} of the test clips have a sibling in training']*(leak > 0)
+    return '\n'.join([*mark, *map(line, [title, *map(_words_of, cells)])])
+
+# %% ../nbs/50_robust.ipynb #c50d44f2
+def _note_left_out(left_out):
+    for name, why in left_out.items(): print(f'left out: {name}: {why}')
+
+
+def robust_stage(
+    run_dir: str | Path, # a run with features; gets robust.json, robust.parquet and robust_donors.parquet
+    inputs, # names of attacks on media
+    settings: MatrixSettings = MatrixSettings(),
+) -> tuple: # predictions, None where there is no matrix; cells
+    "Run the stage: what the clips of a run do not carry is left out and said, and is no failure."
+    features, out = sort_modalities(read_features(run_dir)), Path(run_dir)/'robust.parquet'
+    try:
+        _check_matrix(features, settings)
+        attacked = embed_attacks(features, run_dir, inputs, seed=settings.seed)
+        predictions, cells = run_robust(run_dir, out, settings, attacked)
+    except NoMatrix as e:
+        write_json(out.with_suffix('.json'), dict(cells=[], left_out=dict(everything=str(e))))
+        _note_left_out(dict(everything=e))
+        return None, []
+    _note_left_out(predictions.attrs['left_out'])
+    return predictions, cells

@@ -186,3 +186,16 @@ def test_misjudged_clips_are_shown_blurred(tmp_path, monkeypatch):
     axes = figures.plot_errors(errors, predictions[['clip_id']].drop_duplicates(), n=3)
     assert shown == dict(clips=list(errors.clip_id.unique()[:3]), blur=True)
     assert axes[0].get_title().startswith(errors.clip_id[0][:6])
+
+
+def test_the_report_says_what_was_left_out_of_the_matrix(tmp_path):
+    write_table(simulate_predictions(30, seeds=2), tmp_path / 'predictions.parquet', PREDICTIONS)
+    (tmp_path / 'robust.json').write_text(json.dumps(dict(cells=[], left_out={'swap_text': 'fold 0, val: no donor'})))
+    page = an.report_run(tmp_path, 'A run')[1].read_text()
+    assert 'Left out of the robustness matrix' in page and '<td>swap_text</td><td>fold 0, val: no donor</td>' in page
+
+
+def test_a_leak_is_marked_in_the_report(tmp_path):
+    write_table(simulate_predictions(30, seeds=2).assign(leak=.25), tmp_path / 'predictions.parquet', PREDICTIONS)
+    metrics, report, _ = an.report_run(tmp_path, 'A run')
+    assert all(name.endswith(' (leaks)') for name in json.loads(metrics.read_text())) and '(leaks)' in report.read_text()

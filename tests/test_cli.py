@@ -1,6 +1,7 @@
 "The `hatemm` command: answers at once, reports bad input in one line, leaves nothing half-written."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,85 @@ def test_crossval_with_tests(hatemm, own_features):
     tests = json.loads(done.stdout)['tests']
     assert 'LogisticRegression:voice' in tests and {'permutation', 'delong', 'mcnemar', 'corrected_t'} <= tests['LogisticRegression:voice'].keys()
     assert 'one run only' in one_line_error(hatemm('crossval', own_features, '--seeds', '2', '--tests'))
+
+
+def test_folds_that_leak(hatemm, tmp_path, own_features):
+    "Refused with the share and the first ids; with --allow-leak every figure carries the mark."
+    import numpy as np
+    file = dict(np.load(own_features))
+    np.savez(tmp_path/'torn.npz', **file, video_ids=np.array([f'film{i % 12}' for i in range(60)]))
+    refused = one_line_error(hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1'))
+    assert '100% of the test clips' in refused and 'film0, film1' in refused and '--allow-leak' in refused
+    assert '--allow-leak' in one_line_error(hatemm('robust', tmp_path/'torn.npz', '--seeds', '1'))
+    done = hatemm('crossval', tmp_path/'torn.npz', '--head', 'MeanLinear,LogisticRegression', '--seeds', '1', '--allow-leak', '--tests', '--json', tmp_path/'r.json', '--out', tmp_path/'p.parquet')
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path/'r.json').read_text())
+    assert all(row['leak'] == 1 for row in found.pop('tests').values())
+    assert all(figure['leak'] == 1 for sets in found.values() for figures in sets.values() for figure in figures.values())
+    assert all('LEAK: 100%' in line for line in done.stdout.splitlines()[:len(found)])
+    grouped = hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1', '--protocol', 'grouped_5fold', '--json', '-')
+    assert 'leak' not in grouped.stdout and json.loads(grouped.stdout)
+    leaky = hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1', '--protocol', 'leaky_snippet', '--json', '-')
+    assert json.loads(leaky.stdout)['BinaryClassifier']['voice']['auroc']['leak'] > .5
+
+
+def test_the_demo_never_goes_among_the_files_of_a_user(hatemm, tmp_path):
+    own = tmp_path/'videos'
+    own.mkdir()
+    (own/'rally.mp4').write_bytes(b'mine')
+    assert 'holds files of yours' in one_line_error(hatemm('demo', own))
+    (tmp_path/'p.yml').write_text(f'data_dir: {own}\n')  # `dataset: folder` was forgotten
+    assert 'hatemm init' in one_line_error(hatemm('run', tmp_path/'p.yml', '--out', tmp_path/'run'))
+    assert [p.name for p in own.iterdir()] == ['rally.mp4'] and not (tmp_path/'run').exists()
+
+
+def test_no_message_advises_to_write_into_a_folder_of_videos():
+    advice = re.compile(r'hatemm (demo|fetch)` (fills|makes|writes)|hatemm demo \{|call one of them|rename .* to annotations')
+    for file in (ROOT/'hatemm_clip').glob('*.py'): assert not advice.search(file.read_text()), file.name
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    "Nine moving pictures of noise, and tables that name them in several ways."
+    import numpy as np
+    from hatemm_clip.media import write_video
+    rng = np.random.default_rng(0)
+    folder = tmp_path/'my clips'
+    folder.mkdir()
+    for i in range(9): write_video(folder/f'{i}.mp4', rng.integers(0, 256, (8, 6, 8, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2), 4)
+    return folder
+
+
+def label(folder, name, labels, column='file'):
+    folder.joinpath(name).write_text('\n'.join([f'{column},label', *(f'{i}.mp4,{text}' for i, text in enumerate(labels))]) + '\n')
+
+
+def test_init(hatemm, tmp_path, own_folder):
+    import yaml
+    label(own_folder, 'Labels 2026.csv', ['toxic', 'normal', 'toxic']*3, 'FileName')
+    (own_folder/'notes.csv').write_text('who,what\nme,nothing\n')
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in own_folder.iterdir())
+    out = tmp_path/'own.yml'
+    done = hatemm('init', own_folder, '--out', out)
+    assert done.returncode == 0, done.stderr
+    given = yaml.safe_load(out.read_text())
+    assert given['dataset'] == 'folder' and given['positive'] == 'toxic' and given['folds'] == 3 and given['60_analysis'] == dict(title='my clips', demo=False)
+    assert 'normal 3 in 3 groups, toxic 6 in 6 groups' in done.stdout and done.stdout.count('hatemm ') == 3
+    for line in out.read_text().splitlines(): assert not line.strip() or line.startswith('#') or line.endswith(':') or 'title' in line or ' # ' in line, line
+    assert hatemm('check', out, '--no-media').returncode == 0 and hatemm('run', out, '--dry-run', '--out', tmp_path/'run').returncode == 0
+    assert 'is there already' in one_line_error(hatemm('init', own_folder, '--out', out)) and hatemm('init', own_folder, '--out', out, '--force').returncode == 0
+    assert 'among your videos' in one_line_error(hatemm('init', own_folder, '--out', own_folder/'p.yml'))
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in own_folder.iterdir()) == before
+
+
+def test_init_says_what_the_data_cannot_carry(hatemm, tmp_path, own_folder):
+    init = lambda *more: one_line_error(hatemm('init', own_folder, '--out', tmp_path/'own.yml', *more))
+    assert 'expected a .csv, .tsv or .jsonl with a column `file`' in init()
+    (own_folder/'labels.xlsx').touch()
+    assert 'save labels.xlsx as CSV' in init()
+    label(own_folder, 'a.csv', ['cats', 'dogs', 'dogs']*3)
+    assert "'cats', 'dogs'" in init() and 'positive' in init()
+    label(own_folder, 'b.csv', ['hateful']*2 + ['normal']*7)
+    assert 'holds a.csv, b.csv, any of which could be the table' in init()
+    assert 'normal 7 in 7 groups, hateful 2 in 2 groups' in init('--annotations', 'b.csv')
+    assert not (tmp_path/'own.yml').exists()

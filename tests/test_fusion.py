@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hatemm_clip.base import InputError
+from hatemm_clip.data import LeakError
 from hatemm_clip.features import read_features
 from hatemm_clip.heads import HEADS, LEFT_OUT, fitting_heads, make_head, pool_features
 from hatemm_clip.fusion import REFERENCES, best_head, blend_runs, choose_runs, combine_heads, compare_protocols, crossval, crossval_folds, cut_clips, modality_sets, run_name, val_losses, with_protocol
@@ -15,7 +16,7 @@ from hatemm_clip.classifier import FusionClassifier, explain, load_bundle, save_
 from hatemm_clip.members import ClipTensors, MemberPlan, TrainSettings, predict_members, take_members, train_members
 from hatemm_clip.compare import accuracy_by, compare_heads, plot_heads
 from hatemm_clip.bench import bench_fusion
-from hatemm_clip.features import make_features, tfidf_features
+from hatemm_clip.features import find_leak, make_features, tfidf_features
 from hatemm_clip.compare import summarise_runs
 
 HATEMM = Path(__file__).resolve().parents[2]/'shared/data/hatemm/hatemm_bert_mfcc.npz'
@@ -406,3 +407,35 @@ def test_all_heads_take_bert_and_mfcc():
     assert len(heads) == 11
     predictions = crossval(dataclasses.replace(features, split=features.split[:1]), 'all', ['bert+mfcc'], 1, grid={}, epochs=3)
     assert predictions.run.nunique() == 12 and (summarise_runs(predictions, ['auroc'], n=10)['mean'] > .6).all()
+
+
+def torn_in_pairs(data):
+    "Neighbours are one video, and the folds know nothing of it."
+    videos = np.repeat(data.ids[::2], 2)
+    return dataclasses.replace(data, video_ids=videos, groups=videos)
+
+
+def test_folds_that_leak_are_refused_or_marked(data):
+    from hatemm_clip.compare import crossval_summary, head_table, metric_table
+    torn = torn_in_pairs(data)
+    leak = find_leak(torn)
+    expected = [any(torn.video_ids[i] == torn.video_ids[j] for j in np.flatnonzero((parts != parts[i]) & (parts != '')))
+                for parts in torn.split for i in np.flatnonzero(parts == 'test')]
+    assert leak['share'] == np.mean(expected) > .5 and find_leak(data) == {}
+    with pytest.raises(LeakError, match=f"{leak['share']:.0%} of the test clips have a sibling") as error: crossval(torn, 'MeanLinear', ['image'], 1, grid={})
+    assert leak['ids'][0] in str(error.value) and '--allow-leak' in str(error.value)
+    heads = ['LogisticRegression', 'MeanLinear']
+    found = combine_heads(crossval(torn, heads, ['image'], 1, grid={}, epochs=2, allow_leak=True))
+    figures = [m for sets in crossval_summary(found, ['auroc'], n=20).values() for f in sets.values() for m in f.values()]
+    assert len(figures) == 4 and all(f['leak'] == round(leak['share'], 4) for f in figures)
+    assert all(name.endswith('(leaks)') for name in metric_table(found, ['auroc'], n=20).index) and ('auroc', 'leak') in head_table(found, ['auroc'], n=20)
+    assert 'LEAK' in plot_heads(compare_heads(found, n=20))._suptitle.get_text()
+    clean = crossval(data, 'MeanLinear', ['image'], 1, grid={}, epochs=2, allow_leak=True)
+    assert 'leak' not in clean and 'leak' not in crossval_summary(clean, ['auroc'], n=20)['MeanLinear']['image']['auroc']
+
+
+def test_a_leak_by_group_alone_and_into_validation_alone(data):
+    by_group = dataclasses.replace(torn_in_pairs(data), video_ids=data.ids)
+    assert find_leak(by_group) == find_leak(torn_in_pairs(data))
+    parts = np.array(['train', 'val', 'test', 'test'])[np.arange(60) % 4][None]
+    assert find_leak(dataclasses.replace(torn_in_pairs(data), split=parts)) == dict(part='val', share=1., clips=15, ids=list(data.ids[::4]))

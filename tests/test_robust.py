@@ -10,6 +10,7 @@ from hatemm_clip import attacks as at
 from hatemm_clip import corruption as co
 from hatemm_clip import robust as ro
 from hatemm_clip.base import InputError, read_table
+from hatemm_clip.data import LeakError
 from hatemm_clip.features import read_features
 from hatemm_clip.features import make_features
 from hatemm_clip.compare import paired_difference, summarise_runs
@@ -21,9 +22,9 @@ KEYS = {'train', 'test', 'auroc', 'auroc_low', 'auroc_high', 'macro_f1_clean_thr
 def data():
     "160 clips; neighbours in pairs are one group, and stay in one part."
     features = make_features(160, folds=3)
-    order = np.argsort(features.split[0] + features.split[1], kind='stable')
-    groups = np.empty(160, dtype='<U8')
-    for n, i in enumerate(order): groups[i] = f'g{n // 2}'
+    dealt, groups = np.array([''.join(parts) for parts in features.split.T]), np.empty(160, dtype='<U24')
+    for parts in np.unique(dealt):
+        for n, i in enumerate(np.flatnonzero(dealt == parts)): groups[i] = f'{parts}{n // 2}'
     return dataclasses.replace(features, video_ids=groups, groups=groups)
 
 
@@ -208,3 +209,25 @@ def test_hatemm_worst_case(shared):
     assert row.worst_vs_normal > .05 and row.worst_vs_control_low > 0 and row.clean_vs_control > -.02
     auroc = {(c['train'], c['test']): c['auroc'] for c in cells}
     assert abs(auroc['swap_bert', 'swap_bert'] - auroc['swap_bert', 'swap_bert_both']) < .02
+
+
+def test_what_the_clips_do_not_carry_is_left_out(tmp_path):
+    "All benign clips in one group with a hateful clip of each part: nobody can give to a benign clip of another group."
+    features = make_features(60, folds=3)
+    features = dataclasses.replace(features, groups=np.where(features.labels == 0, 'benign', features.groups))
+    np.savez(tmp_path/'f.npz', ids=features.ids, labels=features.labels, split=features.split, groups=features.groups, video_ids=features.ids, text=features.arrays['text'][:, 0], image=features.arrays['image'][:, 0])
+    settings = ro.MatrixSettings(['swap_text', 'swap_mixed_both', 'mask_text'], ['swap_text', 'swap_text_both', 'mask_text'], seeds=1, params=dict(epochs=2), allow_leak=True)
+    predictions, cells = ro.run_robust(tmp_path/'f.npz', tmp_path/'robust.parquet', settings)
+    left_out = json.loads((tmp_path/'robust.json').read_text())['left_out']
+    assert set(left_out) == {'swap_text_both', 'swap_image_both', 'swap_mixed_both'} and all('no donor of another group' in why for why in left_out.values())
+    assert set(predictions.train_condition) == {'normal', 'control', 'swap_text', 'mask_text'} and set(predictions.test_condition) == {'normal', 'swap_text', 'mask_text'}
+    assert all(c['leak'] > 0 for c in cells) and ro.format_cells(cells).startswith('LEAK')
+    with pytest.raises(LeakError, match='--allow-leak'): ro.plan_matrix(read_features(tmp_path/'f.npz'))
+
+
+def test_three_classes_are_no_failure_of_the_stage(data, tmp_path, capsys, monkeypatch):
+    three = dataclasses.replace(data, label_names=['a', 'b', 'c'])
+    monkeypatch.setattr(ro, 'read_features', lambda run: three)
+    assert ro.robust_stage(tmp_path, ['blur']) == (None, [])
+    written = json.loads((tmp_path/'robust.json').read_text())
+    assert written['cells'] == [] and 'takes two classes' in written['left_out']['everything'] and 'left out' in capsys.readouterr().out

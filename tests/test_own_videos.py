@@ -1,0 +1,62 @@
+"The road of a new user: a folder of clips of mixed kinds, a table of labels, and the commands of the page, to a scored file."
+import json
+import re
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+
+@pytest.fixture(scope='module')
+def walk(demo, tmp_path_factory):
+    "The page, run with its slow cells as a reader would follow it; gives its folder and the outputs by command."
+    folder = tmp_path_factory.mktemp('own')/'project'
+    nb = nbformat.read(ROOT/'nbs/98_own_videos.ipynb', 4)
+    given = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
+    given.source = f"videos, folder, corpus = 24, {str(folder)!r}, {str(demo/'demo_data')!r}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('HATEMM_CELLS', 'slow')
+        NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT/'nbs')))).execute()
+    text = lambda cell: ''.join(o.get('text', '') for o in cell.outputs)
+    return folder, {c.source: text(c) for c in nb.cells if c.cell_type == 'code'}
+
+
+def said(walk, command):
+    return next(text for source, text in walk[1].items() if command in source)
+
+
+def test_init_writes_beside_the_videos(walk):
+    folder, _ = walk
+    printed, params = said(walk, 'hatemm init'), (folder/'clips.yml').read_text()
+    assert 'clips.yml: 24 videos by labels.csv' in printed and printed.count('  hatemm ') == 3
+    assert 'positive: hateful' in params and 'dataset: folder' in params and 'demo: false' in params
+    assert re.search(r'^folds: [345] ', params, re.M)
+
+
+def test_check_finds_nothing_wrong(walk):
+    assert '24 videos' in said(walk, 'hatemm check') and 'error' not in said(walk, 'hatemm check')
+
+
+def test_run_reaches_the_report(walk):
+    run = walk[0]/'runs/clips'
+    assert 'report: runs/clips/report.html' in said(walk, 'hatemm run')
+    metrics = json.loads((run/'metrics.json').read_text())
+    assert metrics['BinaryClassifier:image+text']['auroc']['mean'] is not None
+    assert 'Demonstration.' not in (run/'report.html').read_text()
+    robust = json.loads((run/'robust.json').read_text())
+    for name, why in robust['left_out'].items(): assert name in (run/'report.html').read_text() and 'donor' in why
+
+
+def test_the_bundle_scores_a_file_by_the_positive_class(walk, hatemm):
+    folder, _ = walk
+    config = json.loads((folder/'runs/clips/bundle/config.json').read_text())
+    assert config['label_names'][1] == 'hateful' and not config['demo']
+    assert re.search(r'\d\.\d{3}', said(walk, '!{score}'))
+    rows = json.loads(hatemm('score', folder/'runs/clips/bundle', folder/'clips/clip 03.webm', '--json', '-').stdout)
+    assert rows[0]['error'] is None and 0 <= rows[0]['prob'] <= 1
+
+
+def test_nothing_is_written_among_the_videos(walk):
+    names = {p.suffix for p in (walk[0]/'clips').iterdir()}
+    assert names == {'.mp4', '.mkv', '.webm', '.avi', '.ts', '.csv'} and len(list((walk[0]/'clips').iterdir())) == 25
