@@ -193,11 +193,12 @@ def run(
     only: str = typer.Option(None, help='Run this stage alone.'),
     start: str = typer.Option(None, '--from', help='Run this stage and all after it.'),
     force: bool = typer.Option(False, help='Run what is up to date, too.'),
+    retry: bool = typer.Option(False, '--retry', help='Try files again that have failed.'),
     dry_run: bool = typer.Option(False, '--dry-run', help='Say what would run, and why; run nothing.'),
     json_file: str = JSON,
 ):
     "Run the notebooks as a batch."
-    asked = (params_file, out, only, start, force)
+    asked = (params_file, out, only, start, force, retry)
     try: _dry_run(asked, json_file) if dry_run else _real_run(asked, json_file)
     except KeyboardInterrupt:
         print('stopped; run again to go on', file=sys.stderr)

@@ -239,13 +239,19 @@ class Batch:
     only: str | None = None # run this stage alone
     start: str | None = None # run this stage and all after it, up to date or not
     force: bool = False # run stages that are up to date, too
+    retry: bool = False # run stages in which files have failed
     failed: list = field(default_factory=list) # stages that have failed, and that others go on without
 
     def stages(self): return [self.only] if self.only else list(self.params)
 
     def is_asked(self, stage):
         "Whether a stage is wanted though it is up to date."
-        return self.force or stage == self.only or bool(self.start and stage >= self.start)
+        return self.force or stage == self.only or bool(self.start and stage >= self.start) or self.is_tried_again(stage)
+
+    def is_tried_again(self, stage):
+        "Whether files that failed in a stage are to be tried again."
+        lists = [name for name in STAGES[stage] if name.startswith('failed_')]
+        return self.retry and any(found for name in lists for found in self.out.glob(name))
 
     def parts(self, stage, log):
         "What a stage depends on, with what the stages before it have made."
@@ -270,7 +276,7 @@ def _code_of(notebooks, out):
     return code
 
 # %% ../nbs/95_pipeline.ipynb #776ea84e
-def _read_batch(params_file, out, only, start, force):
+def _read_batch(params_file, out, only=None, start=None, force=False, retry=False):
     "Notebooks, folder, all parameters, and what each stage depends on."
     params_file = Path(params_file)
     for stage in filter(None, (only, start)): one_of(stage, STAGES, 'stage')
@@ -283,7 +289,7 @@ def _read_batch(params_file, out, only, start, force):
     params = {s: all_parameters(given[s], pages[s], beside) | dict(run_dir=str(out)) for s in given}
     code = _code_of(pages, out)
     depend = {s: depends(pages[s], params[s], {}, code[s]) for s in given}
-    return Batch(notebooks, out, params, depend, only, start, force)
+    return Batch(notebooks, out, params, depend, only, start, force, retry)
 
 # %% ../nbs/95_pipeline.ipynb #3d4f3731
 def plan_stage(
@@ -307,6 +313,7 @@ def _plan(batch, log):
         why = plan_stage(stage, batch.out, batch.parts(stage, log), log)
         first = next((s for s in NEEDS[stage] if s in stale), None)
         if not why and first: why = f'{first}, which it needs, runs first'
+        if not why and batch.is_tried_again(stage): why = 'files that failed are tried again'
         if not why and batch.is_asked(stage): why = 'asked for'
         if why: stale.add(stage)
         rows.append(dict(stage=stage, stale=bool(why), why=why or 'up to date'))
@@ -319,9 +326,10 @@ def plan_run(
     only: str | None = None, # run this stage alone
     start: str | None = None, # run this stage and all after it, up to date or not
     force: bool = False, # run stages that are up to date, too
+    retry: bool = False, # run stages in which files have failed
 ) -> list[dict]: # stage, stale, why
     "Say what a run would do, and why; nothing is started."
-    batch = _read_batch(params_file, out, only, start, force)
+    batch = _read_batch(params_file, out, only, start, force, retry)
     rows = _plan(batch, read_log(batch.out))
     check_run(batch.params, [r['stage'] for r in rows if r['stale']], batch.out, weights=False)
     return rows
@@ -408,7 +416,8 @@ def _do_stage(stage, batch, log):
     if not why and not asked: return f'{stage:<12} up to date'
     if not asked and bring_back(stage, batch.out, key, log): return f'{stage:<12} brought back: {why}'
     record = dict(key=key, rows=row_key(stage, batch.depend), depends=parts)
-    folder = begin(stage, batch.out, record, log, not why, batch.failed)
+    anew = not why and not batch.is_tried_again(stage)
+    folder = begin(stage, batch.out, record, log, anew, batch.failed)
     return _run_stage(stage, folder, record, batch, log)
 
 # %% ../nbs/95_pipeline.ipynb #ab3f574e
@@ -457,11 +466,12 @@ def run_pipeline(
     only: str | None = None, # run this stage alone
     start: str | None = None, # run this stage and all after it, up to date or not
     force: bool = False, # run stages that are up to date, too
+    retry: bool = False, # run stages in which files have failed
     echo=print, # gets a line a stage
 ) -> Path: # the run's folder
     "Run the stages of a parameter file."
     from filelock import FileLock, Timeout
-    batch = _read_batch(params_file, out, only, start, force)
+    batch = _read_batch(params_file, out, only, start, force, retry)
     plan = _plan(batch, read_log(batch.out))
     check_run(batch.params, [r['stage'] for r in plan if r['stale']], batch.out)
     batch.out.mkdir(parents=True, exist_ok=True)

@@ -213,6 +213,17 @@ def test_what_was_half_made_goes_on(project, tmp_path):
 
 
 SLOW = "import time\nfor i in range(20):\n    with open(path, 'a') as f: f.write(f'{batch_size} ')\n    time.sleep(1. if batch_size == 10 else .01)"
+def test_files_that_failed_are_tried_again_when_asked(project, tmp_path):
+    "A second run leaves them alone; with `retry` their stages run, and keep the rows that are good."
+    tried = "with open(path.parents[2]/'tried', 'a') as f: f.write('x')"
+    write_stage(tmp_path/'nbs/10_asr.ipynb', "path.write_text('rows')", tried, "path.with_name('failed_transcripts.csv').write_text('clip_id,error')")
+    lines = lambda **options: project(stages='00_data, 10_asr', **options)
+    assert lines() == ['00_data', '10_asr'] and lines() == [] and (tmp_path/'run/tried').read_text() == 'x'
+    assert project.plan(stages='00_data, 10_asr', retry=True) == {'10_asr': 'files that failed are tried again'}
+    write_stage(tmp_path/'nbs/10_asr.ipynb', "path.write_text('rows')", tried)
+    lines()
+    assert lines(retry=True) == []  # nothing has failed
+
 BUNDLE = "folder = path.with_name('bundle')\nfolder.mkdir(exist_ok=True)\nfor name in ('config.json', 'model.bin'): (folder/name).write_text(str(batch_size))"
 
 
