@@ -2,10 +2,11 @@
 import itertools
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from hatemm_clip.base import InputError
+from hatemm_clip.base import InputError, read_table
 from hatemm_clip.check import check_dataset, detect_dataset, format_report
 from hatemm_clip.data import positive_name, read_dataset, read_splits
 from hatemm_clip.tables import is_harmless, order_labels, parse_seconds, read_rows
@@ -279,3 +280,20 @@ def test_quirks_of_multihateclip(shared):
 def test_rows_of_a_small_table(tmp_path):
     (tmp_path/'x.tsv').write_text('B\ta\n1\t2\n')
     assert read_rows(tmp_path/'x.tsv', ['a'], ['b']) == [dict(b='1', a='2')]
+
+
+def test_clips_record_the_positive_class(tmp_path, capsys):
+    from hatemm_clip.data import prepare_data
+    from hatemm_clip.media import write_video
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        picture = np.kron(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+        write_video(tmp_path/f'{i}.mp4', [picture]*4, 4)
+        rows.append(f'{i}.mp4,{"normal" if i % 2 else "hateful"}\n')
+    write(tmp_path, 'video,label\n' + ''.join(rows) + '9.mp4,normal\n')
+    clips, _ = prepare_data('folder', tmp_path, tmp_path/'run', folds=3, max_failed=.2)
+    assert read_table(tmp_path/'run/clips.parquet').attrs['params']['positive'] == 'hateful' and set(clips.label_name[clips.label == 1]) == {'hateful'}
+    assert (tmp_path/'run/failed_videos.csv').read_text() == 'video_id,label_name,error\n9,normal,no such file\n'
+    (tmp_path/'annotations.csv').write_text('video,label\n' + ''.join(rows))
+    prepare_data('folder', tmp_path, tmp_path/'run', folds=3, positive='normal')
+    assert read_table(tmp_path/'run/clips.parquet').attrs['params']['positive'] == 'normal' and not (tmp_path/'run/failed_videos.csv').exists()
