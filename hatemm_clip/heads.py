@@ -69,7 +69,8 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or not self.cut: return x
         words = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 8),), device=x.device)
-        drawn = words.view(torch.uint8)[:x.numel()].view(x.shape)
+        bytes_of = (words[:, None] >> torch.arange(0, 64, 8, device=x.device)).to(torch.uint8)  # vmap knows no view as bytes
+        drawn = bytes_of.flatten()[:x.numel()].view(x.shape)
         return x * ((drawn >= self.cut) * (256 / (256 - self.cut)))
 
 # %% ../nbs/34_heads.ipynb #6842b27a
