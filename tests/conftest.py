@@ -41,6 +41,12 @@ def hatemm():
     return call
 
 
+def pytest_sessionstart(session):
+    "The demo takes minutes: for the whole suite it is made beside the first tests, so that none has to wait for it."
+    if session.config.args == ['tests'] and not hasattr(session.config, 'workerinput'):
+        subprocess.Popen([sys.executable, ROOT/'tests/demo.py'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def pytest_collection_modifyitems(items):
     "A file's tests share a process, and so what they prepare; the notebooks of one file do not, and each goes to the first that is free."
     for item in items:

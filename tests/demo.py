@@ -74,3 +74,6 @@ def small_corpus(clone, target, n):
     videos = [v for v in truth['videos'] if v['video_file_name'] in names]
     (target/'truth.json').write_text(json.dumps(dict(truth, videos=videos)))
     return target
+
+
+if __name__ == '__main__': make_demo()
