@@ -531,6 +531,16 @@ def _check_single(run, finetuned):
     raise InputError(f"{run.folder}: no {store}, which the bundle needs; "
                      "run 30_finetune with fold 'all,single', or 40_fusion with bundle false")
 
+# %% ../nbs/40_fusion.ipynb #5f51bd79
+def _to_train_on(features, names):
+    "Of some modalities, those that every fold has clips of; the others are named."
+    trains = [(f, np.flatnonzero(parts == 'train')) for f in features for parts in f.split]
+    lacking = [m for m in names if any(m in f.masks and not f.masks[m][rows].any() for f, rows in trains)]
+    for m in lacking: print(f'{m} is absent from every clip that a fold trains on, and is left out')
+    kept = [m for m in names if m not in lacking]
+    if kept: return kept
+    raise InputError(f"{' and '.join(names)}: absent from every clip; look at the transcripts and at `hatemm check`")
+
 # %% ../nbs/40_fusion.ipynb #8b60ef4b
 def run_fusion(
     run_dir: str | Path, # holds the features; gets predictions.parquet and bundle/
@@ -546,7 +556,8 @@ def run_fusion(
     run, heads = Run(run_dir), head if head == 'all' else head.split(',')
     features = stage_features(run.folder, finetuned)
     if bundle and finetuned: _check_single(run, finetuned)
-    sets = modality_sets(parse_set(modalities))
+    names = _to_train_on(features, parse_set(modalities))
+    sets, modalities = modality_sets(names), '+'.join(names)
     predictions = crossval_folds(features, heads, sets, seeds, seed=seed, **params)
     policy = {k: params[k] for k in ('threshold', 'calibration') if k in params}
     if heads == 'all' or len(heads) > 1: predictions = combine_heads(predictions, **policy)

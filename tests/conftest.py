@@ -47,6 +47,7 @@ def pytest_sessionstart(session):
         subprocess.Popen([sys.executable, ROOT/'tests/demo.py'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
     "A file's tests share a process, and so what they prepare; the notebooks of one file do not, and each goes to the first that is free."
     for item in items:

@@ -1,7 +1,7 @@
 "Odd but playable files: what a correct reader says of each, by every way to ask, and random damage."
-import json
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -9,11 +9,13 @@ import pytest
 from conftest import SHARED
 from films import sounding
 
-from hatemm_clip.data import probe_clips
+from hatemm_clip.base import InputError
+from hatemm_clip.check import check_dataset
+from hatemm_clip.data import prepare_data
 from hatemm_clip.examine import decode_all, examine, probe_files
-from hatemm_clip.frames import DECODERS, frames_at, iter_frames, picture_hash, read_frames, straight_frames
+from hatemm_clip.frames import DECODERS, frames_at, read_frames, straight_frames
 from hatemm_clip.media import Damage, MediaError, probe, read_contents, read_still, write_video
-from hatemm_clip.sound import SR, loud_from, quiet_reason, read_audio, read_channels
+from hatemm_clip.sound import SR, loud_from, quiet_reason, read_audio
 
 ODD = SHARED/'data/odd_files'
 needs_shared = pytest.mark.skipif(not ODD.is_dir(), reason='needs real data: no folder shared beside the checkout')
@@ -252,3 +254,76 @@ def test_times_that_are_lost_are_counted(tmp_path):
     frames, times = read_frames(tmp_path/'hole.mp4', fps=2, damage=damage)
     assert damage.times == 20 - len(times) > 2 and damage.packets > 20 and len(damage.notes()) == 2
     assert len({f.tobytes() for f in frames}) >= len(frames) - 4  # a frame stands in for a second at most
+
+
+@pytest.fixture(scope='module')
+def odd_set(tmp_path_factory):
+    "The odd videos as a data set of somebody's own."
+    folder = tmp_path_factory.mktemp('odd')/'set'
+    folder.mkdir()
+    names = [name for name in FILES if (ODD/name).suffix not in ('.jpg', '.png')]
+    for name in names: (folder/name).write_bytes((ODD/name).read_bytes())
+    (folder/'labels.csv').write_text('\n'.join(['file,label', *(f"{n},{('fine', 'toxic')[i % 2]}" for i, n in enumerate(names))]))
+    return folder, names
+
+
+@needs_shared
+def test_check_names_what_is_odd(odd_set):
+    report = check_dataset(odd_set[0])
+    found = {(kind, row['id']) for kind, problem in report['problems'].items() for row in problem['rows']}
+    assert ('no_video', 'song') in found and report['errors'] == 1 and report['media']['decoded'] == len(odd_set[1]) - 1
+    expected = {('wrong_length', 'vfr'), ('sound_offset', 'audio_late'), ('odd', 'antiphase'), ('wrong_length', 'trunc'), ('uneven', 'audio_long'),
+                ('odd', 'twoaudio'), ('odd', 'cover_first'), ('damaged', 'flipped'), ('no_audio', 'silent'), ('no_audio', 'bframes')}
+    assert expected <= found, expected - found
+    media = {'wrong_length', 'sound_offset', 'uneven', 'damaged', 'odd', 'unreadable', 'bad_audio'}
+    assert not {i for kind, i in found if kind in media} & {'rot90', 'late_clock', 'noduration', 'editlist', 'latin1'}
+
+
+@needs_shared
+def test_stages_go_on_past_bad_files(odd_set, tmp_path, capsys):
+    from hatemm_clip.asr import transcribe_clips
+    from hatemm_clip.embed import embed_clips
+    from hatemm_clip.encoders import load_encoder
+    folder, names = odd_set
+    with pytest.raises(InputError, match='holds no video, only audio'): prepare_data('folder', folder, tmp_path/'strict', folds=3)
+    clips, _ = prepare_data('folder', folder, tmp_path, folds=3, max_failed=.1)
+    assert set(clips.video_id) == {Path(n).stem for n in names} - {'song'}
+    assert 'song' in (tmp_path/'failed_videos.csv').read_text() and 'cancel' not in (tmp_path/'failed_videos.csv').read_text()
+    odd = (tmp_path/'odd_videos.csv').read_text()
+    assert all(words in odd for words in ('audio_late', 'the sound begins 2.98 s after', 'trunc', 'the header says 6.0 s'))
+    length = clips.set_index('video_id').end
+    assert length['vfr'] > 9 and length['audio_long'] == pytest.approx(30, abs=.1) and length['trunc'] == pytest.approx(3, abs=.1)
+    texts = transcribe_clips(clips, tmp_path)
+    store = embed_clips(clips, texts, tmp_path/'features.lance', load_encoder(), fps=2.)
+    frames = dict(zip(store.column('clip_id'), map(len, store.column('image_times'))))
+    frames = {v: frames[c] for v, c in zip(clips.video_id, clips.clip_id)}
+    assert (frames['audio_long'], frames['trunc'], frames['vfr'], frames['reschange']) == (6, 6, 18, 8)
+    assert 'are used as far as they can be decoded' in capsys.readouterr().out
+
+
+def test_a_read_only_folder_and_a_loop_of_links(tmp_path):
+    "Nothing is written among the videos, and a link to the folder itself is not followed for ever."
+    folder = tmp_path/'set'
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        picture = np.kron(rng.integers(0, 255, (4, 6, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
+        write_video(folder/f'{i}.mp4', [picture]*4, fps=4)
+    (folder/'labels.csv').write_text('file,label\n' + '\n'.join(f"{i}.mp4,{('fine', 'toxic')[i % 2]}" for i in range(8)))
+    (folder/'again').symlink_to(folder)
+    (folder/'round.mp4').symlink_to(folder/'round.mp4')
+    folder.chmod(0o555)
+    before = sorted(p.name for p in folder.iterdir())
+    try:
+        report = check_dataset(folder)
+        clips, _ = prepare_data('folder', folder, tmp_path/'run', folds=3)
+    finally: folder.chmod(0o755)
+    assert len(clips) == 8 and report['errors'] == 0 and sorted(p.name for p in folder.iterdir()) == before
+    assert 'Too many levels' in examine(folder/'round.mp4')['error'] or 'no such file' in examine(folder/'round.mp4')['error']
+
+
+def test_five_thousand_rows_are_checked(tmp_path):
+    rows = [f"{i}.mp4,{('fine', 'toxic')[i % 2]}" for i in range(5000)]
+    (tmp_path/'labels.csv').write_text('file,label\n' + '\n'.join(rows))
+    for i in range(5000): (tmp_path/f'{i}.mp4').touch()
+    report = check_dataset(tmp_path, media=False)
+    assert report['rows'] == 5000 and report['errors'] == 0

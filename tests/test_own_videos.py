@@ -60,3 +60,38 @@ def test_the_bundle_scores_a_file_by_the_positive_class(walk, hatemm):
 def test_nothing_is_written_among_the_videos(walk):
     names = {p.suffix for p in (walk[0]/'clips').iterdir()}
     assert names == {'.mp4', '.mkv', '.webm', '.avi', '.ts', '.csv'} and len(list((walk[0]/'clips').iterdir())) == 25
+
+
+def test_videos_in_which_nobody_speaks_reach_the_report(tmp_path, capsys):
+    "No sound, so no text: what was seen is enough, and the report says the rest."
+    import numpy as np
+
+    from hatemm_clip.analysis import report_run
+    from hatemm_clip.asr import transcribe_clips
+    from hatemm_clip.base import Run
+    from hatemm_clip.data import prepare_data
+    from hatemm_clip.embed import embed_clips
+    from hatemm_clip.encoders import load_encoder
+    from hatemm_clip.fusion import run_fusion
+    from hatemm_clip.media import write_video
+    from hatemm_clip.robust import robust_stage
+    from hatemm_clip.score import score_files
+    rng, rows = np.random.default_rng(0), ['file,label']
+    for i in range(20):
+        colour = rng.integers(0, 80, 3) + [150, 0, 0] if i % 2 else rng.integers(0, 80, 3) + [0, 0, 150]
+        picture = np.kron(rng.integers(0, 60, (6, 8, 1)), np.ones((16, 16, 3))) + colour
+        write_video(tmp_path/f'own/{i}.mp4', [picture.clip(0, 255).astype(np.uint8)]*8, fps=4)
+        rows.append(f"{i}.mp4,{('fine', 'toxic')[i % 2]}")
+    (tmp_path/'own/table.csv').write_text('\n'.join(rows))
+    run = Run(tmp_path/'run')
+    clips, _ = prepare_data('folder', tmp_path/'own', run.folder, folds=3)
+    texts = transcribe_clips(clips, run.folder)
+    assert set(texts.text) == {''} and {f for flags in texts['flags'] for f in flags} == {'no_audio'}
+    embed_clips(clips, texts, run.features, load_encoder())
+    predictions = run_fusion(run.folder, seeds=1, epochs=8)
+    assert set(predictions.run) == {'BinaryClassifier:image'} and 'text is absent from every clip' in capsys.readouterr().out
+    assert robust_stage(run.folder, []) == (None, [])
+    report_run(run.folder)
+    assert 'BinaryClassifier' in run.report.read_text() and 'text: absent from every clip' in run.report.read_text()
+    row = score_files(run.bundle, [tmp_path/'own/1.mp4'])[0]
+    assert row['error'] is None and row['prob_of'] == 'toxic' and row['notes'] == ['nothing was said: no sound track']

@@ -60,6 +60,40 @@ def test_no_speech_is_no_text(scorer, videos):
     assert 'nothing was said' in format_scores([row])
 
 
+@pytest.mark.parametrize('name, notes', [
+    ('vfr.mp4', ['the header says 0.8 s, the file holds 9.1 s', 'nothing was said: no sound track']),
+    ('audio_late.mkv', ['the sound begins 2.98 s after the picture']), ('antiphase.mkv', ['its two channels cancel each other; the louder is taken']),
+    ('latin1.avi', []), ('flipped.mp4', ['damaged packets']), ('trunc.mp4', ['the header says 6.0 s, the file holds 3.0 s']),
+    ('reschange.ts', ['frames of 160 × 120 and 320 × 240']), ('cover_first.mp4', ['its cover picture is no video']), ('bframes.avi', []),
+    ('audio_long.mp4', ['3.0 s of picture, 30.0 s of sound']), ('twoaudio.mp4', ['track 2 is taken']), ('delays.gif', ['nothing was said: no sound track']),
+    ('rot90.mp4', []), ('blip.mp4', ['nothing was said: only 0.0']), ('silent.mp4', ['nothing was said: no sound track']), ('rgba.png', ['nothing was said'])])
+def test_odd_files_are_scored_and_the_notes_say_what_was_odd(name, notes, scorer, shared):
+    row = scorer.score(shared/'data/odd_files'/name)
+    check_scored(row)
+    for words in notes: assert any(words in note for note in row['notes']), row['notes']
+    assert name != 'rot90.mp4' or row['notes'] == [] or row['notes'] == ['nothing was said: no words in the sound']
+
+
+def test_more_than_two_classes_are_answered_by_the_bundles_own_rule(tmp_path, videos):
+    features = make_features(60, dim=128)
+    labels = np.arange(60) % 3
+    features = dataclasses.replace(features, labels=labels, label_names=['Normal', 'Offensive', 'Hateful'], provenance={})
+    encoder = dict(provenance(), asr=dict(backend='faster-whisper', model='tiny.en'), fps=1., overlap=0)
+    fit_bundle(features, 'BinaryClassifier', tmp_path, 'image+text', grid={}, encoder=encoder, demo=True, epochs=2)
+    scorer = Scorer(tmp_path, 'cpu')
+    row = scorer.score(videos/'nasa_13013.mp4')
+    assert set(row['probabilities']) == {'Normal', 'Offensive', 'Hateful'} and abs(sum(row['probabilities'].values()) - 1) < 1e-5
+    assert row['label'] == row['prob_of'] == max(row['probabilities'], key=row['probabilities'].get) and row['threshold'] is None
+    assert 'probability of' in format_scores([row])
+
+
+def test_sound_alone_is_scored_by_a_bundle_of_words_alone(tmp_path, shared, scorer):
+    song = shared/'data/odd_files/song.mp3'
+    assert 'holds no video, only audio' in scorer.score(song)['error']
+    row = Scorer(write_bundle(tmp_path, modalities='text'), 'cpu').score(song)
+    assert row['error'] is None and 0 <= row['prob'] <= 1 and row['frames'] == []
+
+
 def test_mpeg_files(scorer, videos):
     for file in sorted(videos.glob('grid_*.mpg'))[:1]: check_scored(scorer.score(file))
 
