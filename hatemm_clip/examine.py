@@ -49,7 +49,8 @@ def _sound(path, seconds, damage):
     try: channels = read_channels(path, end=seconds, damage=damage)
     except MediaError as e: return dict(audio_reason=_short(e, path)), []
     audio = mix_channels(channels)
-    heard = dict(audio_seconds=len(audio)/SR, audio_peak=float(np.abs(audio).max(initial=0)), loud_from=loud_from(audio))
+    peak = float(np.abs(audio).max(initial=0))
+    heard = dict(audio_seconds=len(audio)/SR, audio_peak=peak, loud_from=loud_from(audio))
     return heard, sound_notes(path, channels)
 
 # %% ../nbs/005_examine.ipynb #1604ff52
@@ -168,7 +169,8 @@ def decode_all(
     from hatemm_clip import examine as module
     look = partial(module.examine, **options)
     outcomes = call_guarded(look, [str(path) for path in paths], timeout, workers, max_memory)
-    return [found or dict(UNSEEN, file=str(path), reason=reason, error=reason) for path, (found, reason) in zip(paths, outcomes)]
+    failed = lambda path, reason: dict(UNSEEN, file=str(path), reason=reason, error=reason)
+    return [found or failed(path, reason) for path, (found, reason) in zip(paths, outcomes)]
 
 # %% ../nbs/005_examine.ipynb #a1ba480f
 def decode_safely(
@@ -200,7 +202,8 @@ def probe_files(
 def _probe_lines(row):
     "A file in words."
     if row['error'] and not row['has_audio']: return [row['file'], f"  not readable: {row['error']}"]
-    shown = f"{row['width']} × {row['height']}, {row['num_frames']} frame{'s'*(row['num_frames'] != 1)}, {row['picture_duration']:.2f} s"
+    frames = f"{row['num_frames']} frame{'s'*(row['num_frames'] != 1)}"
+    shown = f"{row['width']} × {row['height']}, {frames}, {row['picture_duration']:.2f} s"
     picture = f'picture {shown}' if row['has_video'] else 'no picture'
     loud = 'silent' if row['loud_from'] is None else f"loud from {row['loud_from']:.2f} s"
     sound = f"sound {row['sound_duration']:.2f} s, {loud}" if row['has_audio'] else 'no sound'

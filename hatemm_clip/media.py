@@ -179,7 +179,8 @@ def _is_cover(stream, packets, container):
 # %% ../nbs/001_media.ipynb #c6265a37
 def _picture_stream(container, packets):
     "The stream to look at, or None; and whether a cover was left out."
-    films = [s for s in container.streams.video if len(packets[s.index]) and not _is_cover(s, packets[s.index], container)]
+    is_film = lambda s: len(packets[s.index]) and not _is_cover(s, packets[s.index], container)
+    films = [s for s in container.streams.video if is_film(s)]
     best = container.streams.best('video')
     chosen = best if best in films else max(films, key=lambda s: len(packets[s.index]), default=None)
     return chosen, len(films) < len(container.streams.video)
@@ -332,9 +333,9 @@ def _contents_of(path, size, changed):
     try: found = _media_contents(path, size/LEAST_RATE)
     except (av.error.FFmpegError, ValueError, OverflowError, AttributeError) as e:
         raise MediaError(f"{path}: not a readable media file ({reason_of(e)}); fetch or export it again") from e
-    if found.format == 'image2' or found.format.endswith('_pipe'): return _still_contents(path, found.format)  # or its error
-    if not (found.picture or found.sounds): raise MediaError(f"{path}: holds neither video nor audio that can be decoded")
-    return found
+    if found.format == 'image2' or found.format.endswith('_pipe'): return _still_contents(path, found.format)
+    if found.picture or found.sounds: return found
+    raise MediaError(f"{path}: holds neither video nor audio that can be decoded")
 
 # %% ../nbs/001_media.ipynb #89db723c
 def read_contents(
@@ -382,7 +383,7 @@ def _track_notes(found):
 # %% ../nbs/001_media.ipynb #33227711
 def probe(
     path: str | Path, # a media file
-) -> dict: # format, has_video, has_audio; duration, picture_duration, sound_duration, sound_offset, claimed (s); fps, num_frames, width, height; notes: sentences
+) -> dict: # lengths, beginnings and `claimed` in s; width and height as shown; notes: sentences
     "Say what is in a media file, by its packets."
     found = read_contents(path)
     picture = found.picture.end - found.picture.start if found.picture else 0.
@@ -392,6 +393,6 @@ def probe(
     notes += _header_notes(found, duration) + _track_notes(found)
     width, height = found.size
     return dict(format=found.format, has_video=found.picture is not None, has_audio=bool(found.sounds),
-                duration=duration, picture_duration=picture, sound_duration=sound, sound_offset=offset, claimed=found.claimed,
-                fps=found.fps, num_frames=int(found.picture.visible.sum()) if found.picture else 0,
+                duration=duration, picture_duration=picture, sound_duration=sound, sound_offset=offset,
+                claimed=found.claimed, fps=found.fps, num_frames=int(found.picture.visible.sum()) if found.picture else 0,
                 width=width, height=height, notes=notes)

@@ -166,7 +166,8 @@ def sound_notes(
 ) -> list[str]:
     "What is odd about the sound of a file, as sentences."
     found, track = read_contents(path), heard_track(path)
-    notes = ['its two channels cancel each other; the louder is taken'] if len(channels) == 2 and cancels(channels) else []
+    notes = []
+    if len(channels) == 2 and cancels(channels): notes.append('its two channels cancel each other; the louder is taken')
     if track is not None and track is not found.sounds[0]:
         notes.append(f'the first sound track is silent; track {found.sounds.index(track) + 1} is taken')
     return notes
