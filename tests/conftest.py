@@ -47,11 +47,13 @@ def pytest_sessionstart(session):
         subprocess.Popen([sys.executable, ROOT/'tests/demo.py'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items):
-    "A file's tests share a process, and so what they prepare; the notebooks of one file do not, and each goes to the first that is free."
-    for item in items:
-        if item.path.stem != 'test_notebooks_beside': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests share a process, and so what they prepare; of the notebooks, each goes to the first that is free."
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebooks_beside' in nodeid else super()._split_scope(nodeid)
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):
