@@ -17,7 +17,7 @@ demo: install  ## synthetic videos -> transcripts -> features -> classifier -> r
 	hatemm run nbs/params/demo.yml
 
 test: install  ## notebooks, command line, generated files, docs
-	python -m pytest --durations 60 -n 2 --dist loadfile tests
+	python -m pytest --durations 20 -n 2 --dist loadfile tests
 
 docs: install  ## the site, in _docs/ (with Quarto), or a check that it would build
 	if command -v quarto >/dev/null; then nbdev_docs; else python -m pytest tests/test_docs.py; fi
