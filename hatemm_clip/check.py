@@ -161,14 +161,9 @@ def _sound_faults(look):
     return []
 
 # %% ../nbs/03_check.ipynb #a59ea9cc
-_NOTE_KINDS = dict(
-    sound_offset='the sound begins', uneven=' s of sound', wrong_length='the header says', damaged='damaged')  # kind → words
-
-
 def _note_faults(look):
     "Kind and sentence of each note on a file."
-    kind_of = lambda note: next((kind for kind, words in _NOTE_KINDS.items() if words in note), 'odd')
-    return [(kind_of(note), note) for note in look['notes']]
+    return [(note.kind, str(note)) for note in look['notes']]
 
 # %% ../nbs/03_check.ipynb #21bb25ef
 def duplicate_faults(

@@ -27,8 +27,9 @@ from .base import (
     write_table, write_text)
 from .frames import frame_hashes, read_frames
 from .media import Damage, MediaError, probe
-from .tables import (
-    class_key, class_names, is_empty, is_harmless, known_label, numbered_rows, order_labels, parse_seconds, read_rows)
+from hatemm_clip.tables import (
+    class_key, class_names, column_key, is_empty, known_label, numbered_rows, order_labels, parse_seconds,
+    read_rows)
 
 # %% ../nbs/00_data.ipynb #38d4bc08
 _TIME = r"['\"](\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)['\"]"
@@ -183,14 +184,11 @@ FILE_COLUMNS = ('path', 'file', 'filename', 'video')  # names of the column that
 _TABLES = ('.csv', '.tsv', '.jsonl')
 
 
-def _plain_column(name): return re.sub(r'[\s_-]+', '', str(name).casefold())
-
-
 def file_column(
     columns, # names
 ) -> str: # the one that names files, as it is spelt; '' where there is none
     "Find the column of files."
-    plain = {_plain_column(c): c for c in columns}
+    plain = {column_key(c): c for c in columns}
     return next((plain[name] for name in FILE_COLUMNS if name in plain), '')
 
 # %% ../nbs/00_data.ipynb #89f002b8
@@ -205,7 +203,7 @@ def _header(table):
 
 def _is_annotation(table):
     names = _header(table)
-    return bool(file_column(names)) and 'label' in map(_plain_column, names)
+    return bool(file_column(names)) and 'label' in map(column_key, names)
 
 # %% ../nbs/00_data.ipynb #88436779
 def find_annotations(
@@ -693,6 +691,7 @@ def _write_failed(videos, run):
 def _write_odd(videos, run):
     "odd_videos.csv: what is odd about files that are used all the same; gives how many there are."
     odd = videos.loc[(videos.error == '') & videos.notes.map(bool), ['video_id', 'notes']]
+    remove(run.folder/'odd_videos.csv')
     if len(odd): write_text(run.folder/'odd_videos.csv', odd.explode('notes').to_csv(index=False))
     return len(odd)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPEECH_SR', 'LEAST_RATE', 'STILLS', 'OFFSET', 'LENGTHS', 'write_video', 'MediaError', 'open_media', 'Track',
-           'steady_times', 'Damage', 'decode_packets', 'read_still', 'Contents', 'read_contents', 'probe']
+           'steady_times', 'Note', 'Damage', 'decode_packets', 'read_still', 'Contents', 'read_contents', 'probe']
 
 # %% ../nbs/001_media.ipynb #12cc0c3d
 import os
@@ -185,6 +185,15 @@ def _picture_stream(container, packets):
     chosen = best if best in films else max(films, key=lambda s: len(packets[s.index]), default=None)
     return chosen, len(films) < len(container.streams.video)
 
+# %% ../nbs/001_media.ipynb #434ad946
+class Note(str):
+    "A sentence about a file; `kind` is one of `check.CHECKS`."
+
+    def __new__(cls, text, kind='odd'):
+        note = super().__new__(cls, text)
+        note.kind = kind
+        return note
+
 # %% ../nbs/001_media.ipynb #319836e3
 @dataclass
 class Damage:
@@ -195,10 +204,10 @@ class Damage:
 
     def notes(self):
         "The same as sentences."
-        lost = f"damaged packets: {self.packets}; what can be decoded is used"
-        unseen = f'frames that were asked for and are lost: {self.times}'
+        lost = Note(f'damaged packets: {self.packets}; what can be decoded is used', 'damaged')
+        unseen = Note(f'frames that were asked for and are lost: {self.times}', 'damaged')
         sizes = ' and '.join(f'{w} × {h}' for w, h in sorted(self.sizes))
-        resized = f'frames of {sizes}; all are brought to the size of the first'
+        resized = Note(f'frames of {sizes}; all are brought to the size of the first')
         return [lost]*bool(self.packets) + [unseen]*bool(self.times) + [resized]*(len(self.sizes) > 1)
 
 # %% ../nbs/001_media.ipynb #a63ebc86
@@ -363,22 +372,23 @@ def _clock_notes(found, picture, offset, sound):
     "What is odd about lengths and beginnings."
     notes = []
     if found.sounds and abs(offset) > OFFSET:
-        notes.append(f"the sound begins {abs(offset):.2f} s {'after' if offset > 0 else 'before'} the picture")
+        side = 'after' if offset > 0 else 'before'
+        notes.append(Note(f'the sound begins {abs(offset):.2f} s {side} the picture', 'sound_offset'))
     if found.sounds and abs(sound - picture) > LENGTHS:
-        notes.append(f'{picture:.1f} s of picture, {sound:.1f} s of sound')
+        notes.append(Note(f'{picture:.1f} s of picture, {sound:.1f} s of sound', 'uneven'))
     return notes
 
 # %% ../nbs/001_media.ipynb #d3f74cb5
 def _header_notes(found, length):
     "What the header says and is not there, or the other way round."
     if not found.claimed or found.is_still or abs(found.claimed - length) <= LENGTHS: return []
-    return [f'the header says {found.claimed:.1f} s, the file holds {length:.1f} s']
+    return [Note(f'the header says {found.claimed:.1f} s, the file holds {length:.1f} s', 'wrong_length')]
 
 # %% ../nbs/001_media.ipynb #be6cdc5b
 def _track_notes(found):
     "What is odd about the tracks of a file."
-    notes = ['its cover picture is no video'] if found.has_cover else []
-    return notes + ([f'{len(found.sounds)} sound tracks'] if len(found.sounds) > 1 else [])
+    cover, tracks = Note('its cover picture is no video'), Note(f'{len(found.sounds)} sound tracks')
+    return [cover]*found.has_cover + [tracks]*(len(found.sounds) > 1)
 
 # %% ../nbs/001_media.ipynb #33227711
 def probe(

@@ -105,6 +105,26 @@ def explain_score(
         modalities={m: round(float(v), 4) for m, v in found['modalities'].items()})
 
 # %% ../nbs/88_score.ipynb #aae9a223
+def _hear(path, asr, encoder, overlap):
+    "What is said in a file: its sound, text windows, transcript, and notes."
+    damage = Damage()
+    channels = read_channels(path, damage=damage)
+    audio = mix_channels(channels)
+    said = asr.transcribe([audio])[0]
+    windows = text_windows(said['segments'], encoder.tokenizer, encoder.context_length, overlap)
+    notes = sound_notes(path, channels) + damage.notes()
+    if not windows: notes.append(f"nothing was said: {quiet_reason(audio, probe(path)['has_audio'])}")
+    return audio, windows, said['text'], notes
+
+# %% ../nbs/88_score.ipynb #7f358e59
+def _see(path, encoder, fps):
+    "What is shown in a file: vectors, their times, and notes."
+    clip = pd.DataFrame([dict(clip_id='clip', path=str(path), start=0., end=None)])
+    row = next(embed_items(clip, None, encoder, fps=fps, workers=1))
+    if row['error']: raise MediaError(row['error'])
+    return row['image'], row['image_times'], row['notes']
+
+# %% ../nbs/88_score.ipynb #7f6d7408
 class Scorer:
     "A bundle with its encoder and speech recogniser, ready to score files."
 
@@ -119,36 +139,19 @@ class Scorer:
         self.encoder = _encoder_of_bundle(bundle, self.made, device)
         self.asr, self.sound = asr_of(self.made['asr'], device), _sound_encoder_of(bundle, self.model)
 
-    def hear(self, path): # path; gives the sound, the text windows, the transcript and notes
-        "What is said in a file."
-        damage = Damage()
-        channels = read_channels(path, damage=damage)
-        audio = mix_channels(channels)
-        said = self.asr.transcribe([audio])[0]
-        windows = text_windows(said['segments'], self.encoder.tokenizer, self.encoder.context_length, self.made.get('overlap', 0))
-        quiet = [] if windows else [f'nothing was said: {quiet_reason(audio, probe(path)["has_audio"])}']
-        return audio, windows, said['text'], sound_notes(path, channels) + damage.notes() + quiet
-
-    def see(self, path): # path; gives vectors, their times and notes
-        "What is shown in a file."
-        clip = pd.DataFrame([dict(clip_id='clip', path=str(path), start=0., end=None)])
-        row = next(embed_items(clip, None, self.encoder, fps=self.made.get('fps', 1.), workers=1))
-        if row['error']: raise MediaError(row['error'])
-        return row['image'], row['image_times'], row['notes']
-
     def features(
         self,
         path: str | Path, # a video; sound alone for a bundle that takes no pictures
     ) -> Media:
         "Take a file from media to features."
-        info, found = probe(path), {}
-        if not info['has_video'] and 'image' in self.model.dims_:
-            raise MediaError(f"{path}: holds no video, only audio; this bundle takes {', '.join(self.model.dims_)}, so a video is needed")
-        audio, windows, transcript, notes = self.hear(path)
+        info, dims, found = probe(path), list(self.model.dims_), {}
+        if not info['has_video'] and 'image' in dims:
+            raise MediaError(f"{path}: holds no video, only audio; this bundle takes {', '.join(dims)}, so a video is needed")
+        audio, windows, transcript, notes = _hear(path, self.asr, self.encoder, self.made.get('overlap', 0))
         text = encode_texts(self.encoder, [w['text'] for w in windows]).numpy()
         found['text'] = text, [w['start'] for w in windows]
-        if 'image' in self.model.dims_:
-            vectors, times, seen = self.see(path)
+        if 'image' in dims:
+            vectors, times, seen = _see(path, self.encoder, self.made.get('fps', 1.))
             found['image'], notes = (vectors, times), notes + seen
         if self.sound: found['audio'] = self.sound(audio)
         return Media(_one_clip(found), windows, transcript, info['notes'] + notes)

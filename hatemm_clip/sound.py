@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .media import Damage, decode_packets, MediaError, open_media, read_contents
+from .media import Damage, decode_packets, MediaError, Note, open_media, read_contents
 
 # %% ../nbs/004_sound.ipynb #b5c4bc21
 SR = 16_000  # Hz
@@ -167,9 +167,9 @@ def sound_notes(
     "What is odd about the sound of a file, as sentences."
     found, track = read_contents(path), heard_track(path)
     notes = []
-    if len(channels) == 2 and cancels(channels): notes.append('its two channels cancel each other; the louder is taken')
+    if len(channels) == 2 and cancels(channels): notes.append(Note('its two channels cancel each other; the louder is taken'))
     if track is not None and track is not found.sounds[0]:
-        notes.append(f'the first sound track is silent; track {found.sounds.index(track) + 1} is taken')
+        notes.append(Note(f'the first sound track is silent; track {found.sounds.index(track) + 1} is taken'))
     return notes
 
 # %% ../nbs/004_sound.ipynb #4e7f5e13

@@ -135,7 +135,7 @@ def test_a_loop_over_noise_is_flagged_or_left_out(backend, shared):
     asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2)
     answer = asr.transcribe([audio])[0]
     assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*14
-    if compression_ratio(answer['text']) > 2.4: assert 'repetition' in answer['flags']
+    assert 'repetition' in answer['flags']
 
 
 def test_a_long_clip_is_cut_and_put_together(fast):
