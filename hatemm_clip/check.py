@@ -18,7 +18,8 @@ import pandas as pd
 from .base import InputError, read_table
 from .sound import SILENCE
 from .examine import decode_all, UNSEEN
-from .data import find_annotations, merge_spans, near_duplicates, positive_name, read_dataset
+from .readers import find_annotations, merge_spans, positive_name, read_dataset
+from .data import near_duplicates
 from .tables import is_harmless
 
 # %% ../nbs/03_check.ipynb #868d3169
@@ -65,7 +66,7 @@ ANNOTATION_FILES = {
 
 def detect_dataset(
     data_dir: str | Path, # a data set's folder
-) -> str: # a key of `data.READERS`
+) -> str: # a key of `readers.READERS`
     "Recognise a data set by the name of its annotation file."
     data_dir = Path(data_dir)
     if not data_dir.is_dir(): raise InputError(f"{data_dir}: no such folder; name the one that holds your videos")
@@ -257,7 +258,7 @@ def _empty(texts):
 # %% ../nbs/03_check.ipynb #ba062253
 def check_dataset(
     data_dir: str | Path, # a data set's folder
-    dataset: str = 'auto', # a key of `data.READERS`, or `auto`
+    dataset: str = 'auto', # a key of `readers.READERS`, or `auto`
     media: bool = True, # look into the media files too
     transcripts: str | Path | None = None, # a transcripts.parquet; None: the one in `data_dir`, if any
     timeout: float = 30., # seconds a file

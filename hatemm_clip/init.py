@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from .base import InputError, write_text
-from .data import (
-    find_annotations, find_groups, make_splits, probe_clips, read_dataset)
+from .readers import find_annotations, read_dataset
+from .data import find_groups, make_splits, probe_clips
 
 # %% ../nbs/96_init.ipynb #9f568384
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ DATASET_FILES = dict(hatemm=_HATEMM, demo=_HATEMM, mhc_en=_MHC, mhc_zh=_MHC)
 
 def _own_files(folder, annotations):
     "The table of one's own data, and the files that it names and that are there."
-    from hatemm_clip.data import find_annotations, read_folder
+    from hatemm_clip.readers import find_annotations, read_folder
     files = {Path(p) for p in read_folder(folder, annotations).path}
     return [find_annotations(folder, annotations), *sorted(p for p in files if p.is_file())]
 

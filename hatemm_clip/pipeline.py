@@ -62,7 +62,7 @@ def _check_data(parameters):
 
 # %% ../nbs/95_pipeline.ipynb #6f971e4e
 def _columns(dataset, parameters):
-    from hatemm_clip.data import read_dataset
+    from hatemm_clip.readers import read_dataset
     options = {name: parameters.get(name, '') for name in ('positive', 'annotations')}
     return list(read_dataset(dataset, parameters['data_dir'], **options))
 

@@ -167,7 +167,7 @@ def _check_matrix(features, settings):
         raise InputError('the features have no split; deal one by group, such as data.make_splits does')
     if len(names) != 2:
         names = ', '.join(names)
-        raise NoMatrix(f'labels are {names}; a matrix takes two classes, see data.to_two_classes')
+        raise NoMatrix(f'labels are {names}; a matrix takes two classes, see readers.to_two_classes')
     absent = [m for m, mask in features.masks.items() if not mask.any()]
     if absent: raise NoMatrix(f"{', '.join(absent)}: absent from every clip, so there is nothing to swap")
     if not 0 < ratio < 1: raise InputError(f'clean_ratio is {ratio}; expected more than 0 and less than 1')

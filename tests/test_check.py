@@ -14,7 +14,8 @@ from hatemm_clip import examine as module
 from hatemm_clip.check import check_dataset, detect_dataset, format_report, leak_shares, sibling_share, span_faults
 from hatemm_clip.examine import call_guarded, decode_all, decode_safely, write_broken
 from hatemm_clip.base import TRANSCRIPTS, InputError, write_table
-from hatemm_clip.data import leaky_snippet, make_windows, part_of_clips, read_dataset
+from hatemm_clip.readers import read_dataset
+from hatemm_clip.data import leaky_snippet, make_windows, part_of_clips
 from hatemm_clip.media import write_video
 
 

@@ -12,7 +12,10 @@ import pytest
 from conftest import ROOT
 
 from hatemm_clip.base import SPLITS, InputError, read_table, write_table
-from hatemm_clip.data import LeakError, find_groups, leak_audit, make_windows, near_duplicate_texts, prepare_data, probe_clips, published_splits, purge_leaks, read_dataset, read_splits
+from hatemm_clip.readers import read_dataset
+from hatemm_clip.data import (
+    LeakError, find_groups, leak_audit, make_windows, near_duplicate_texts, prepare_data, probe_clips,
+    published_splits, purge_leaks, read_splits)
 from hatemm_clip.frames import iter_frames, read_frames
 from hatemm_clip.media import MediaError, probe
 from hatemm_clip.demo import make_corpus

@@ -8,7 +8,8 @@ import pytest
 
 from hatemm_clip.base import InputError, read_table
 from hatemm_clip.check import check_dataset, detect_dataset, format_report
-from hatemm_clip.data import positive_name, read_dataset, read_splits
+from hatemm_clip.readers import positive_name, read_dataset
+from hatemm_clip.data import read_splits
 from hatemm_clip.tables import is_harmless, order_labels, parse_seconds, read_rows
 
 PLAIN = 'file,label\na.mp4,hateful\nb.mp4,normal\nc.mp4,hateful\n'
