@@ -9,7 +9,9 @@ __all__ = ['Look', 'Plan', 'plan_corpus', 'make_audio', 'make_frames', 'hateful_
 # %% ../nbs/01_demo.ipynb #f0e8a9ac
 import csv
 import json
+import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -289,10 +291,9 @@ def make_corpus(
     if is_made(out_dir, n, seed): return Path(out_dir)
     out_dir, plans = Path(out_dir), plan_corpus(n, seed)
     write_text(out_dir/_BEGUN, 'A demo corpus is being made here.\n')
-    todo = list(zip(_file_names(plans), plans))
-    made = [_make_video(out_dir, name, plan, i)
-            for i, (name, plan) in enumerate(progress(todo, desc='demo videos', unit='video'))]
-    rows, truth = map(list, zip(*made))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda i, name, plan: _make_video(out_dir, name, plan, i), range(n), _file_names(plans), plans)
+        rows, truth = map(list, zip(*progress(made, total=n, desc='demo videos', unit='video')))
     _write_annotation(out_dir/'HateMM_annotation.csv', rows)
     write_text(out_dir/'truth.json', json.dumps(dict(made_with=_made_with(n, seed), videos=truth), indent=1))
     (out_dir/_BEGUN).unlink(missing_ok=True)

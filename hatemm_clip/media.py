@@ -52,11 +52,11 @@ def write_video(
     import av
     with write_atomic(path) as part, av.open(str(part), 'w', format='mp4') as out:
         sound = None if audio is None else out.add_stream('aac', rate=sr, layout='mono', bit_rate=48_000)
-        video = None
+        video, converter = None, av.video.reformatter.VideoReformatter()
         for frame in frames:
             if video is None: video = _video_stream(out, frame, fps, crf, gop)
-            picture = av.VideoFrame.from_ndarray(frame, format='rgb24').reformat(format='yuv420p')
-            out.mux(video.encode(picture))
+            picture = av.VideoFrame.from_ndarray(frame, format='rgb24')
+            out.mux(video.encode(converter.reformat(picture, format='yuv420p')))
         if video is not None: out.mux(video.encode(None))
         if sound is not None: _mux_sound(out, sound, audio, sr)
     return Path(path)
