@@ -47,7 +47,8 @@ from .tuning import ClipData, FinetuneConfig
 from .training import load_base, peak_memory_mb, open_session, train_epoch, memory_advice
 from .heads import pool_features
 from .members import MemberPlan, one_thread, predict_members, ClipTensors, train_members
-from .classifier import softmax, FusionClassifier
+from .calibration import softmax
+from .classifier import FusionClassifier
 
 # %% ../nbs/93_bench.ipynb #77c1f7ae
 @dataclass(frozen=True)

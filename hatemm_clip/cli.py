@@ -268,6 +268,43 @@ def _print_crossval(summary, predictions):
     print(f'\nagainst {first}, paired by video; p corrected for the number of runs (Holm):')
     print(head_table(predictions).round(3).to_string())
 
+# %% ../nbs/97_cli.ipynb #abc3d9e1
+def _with_text(features, file, encoder, protocol):
+    "Features with the words of a file, and pairs of clips that are nearly the same."
+    from hatemm_clip.lexical import encode_beside, find_copies, join_groups, read_texts, with_texts
+    found = with_texts(features, read_texts(file))
+    lacking = sum(text == '' for text in found.texts)
+    if lacking: typer.echo(f'{lacking} of {len(found)} clips have no text', err=True)
+    pairs = find_copies(found)
+    if protocol and protocol.startswith('grouped'): found = join_groups(found, pairs)
+    if not encoder: return found, pairs
+    from hatemm_clip.encoders import load_encoder
+    return encode_beside(found, load_encoder(encoder), _cache_folder()), pairs
+
+# %% ../nbs/97_cli.ipynb #7330b7f6
+def _cache_folder():
+    "Where what was encoded is kept."
+    return Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'hatemm_clip'
+
+# %% ../nbs/97_cli.ipynb #c022e7e3
+def _copies_of(predictions, features, pairs): # pairs of rows
+    "The figures without the test clips that have a copy in training, under `without_copies`; empty where there is none."
+    from hatemm_clip.compare import crossval_summary
+    from hatemm_clip.lexical import copied_clips
+    copied = copied_clips(features, pairs)
+    if not copied.any(): return {}
+    kept = predictions[~predictions.clip_id.isin(features.ids[copied])]
+    return dict(copied=int(copied.sum()), without_copies=crossval_summary(kept))
+
+# %% ../nbs/97_cli.ipynb #d78ee9b7
+def _print_copies(copied, without_copies):
+    print(f'\n{copied} test clips have a near copy in the training part of their fold. Without them:')
+    for head, sets in without_copies.items():
+        for modalities, found in sets.items():
+            shown = [f'{m} {_with_interval(found[m])}' for m in ('macro_f1', 'auroc') if m in found]
+            print(f'{head:<24}{modalities:<20}' + '  '.join(shown))
+    print('--protocol grouped_5fold deals copies together')
+
 # %% ../nbs/97_cli.ipynb #4614fb77
 @app.command()
 def crossval(
@@ -276,6 +313,9 @@ def crossval(
     modalities: str = typer.Option(
         None, help='Such as image+text, several sets with commas; by default all together, and each alone.'),
     seeds: int = typer.Option(10, min=1, help='Networks a fold.'),
+    text: str = typer.Option(
+        None, metavar='FILE', help='Ids and texts (.json, .jsonl, .csv, .parquet): adds the modalities lexical and text.'),
+    encoder: str = typer.Option('lite0+minilm', help='Whose text tower encodes --text; \'\' for lexical alone.'),
     allow_leak: bool = ALLOW_LEAK,
     protocol: str = typer.Option(
         None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),
@@ -290,16 +330,19 @@ def crossval(
     from hatemm_clip.compare import crossval_summary, leak_of
     from hatemm_clip.features import read_features
     from hatemm_clip.fusion import is_leaky, with_protocol
-    found = read_features(features)
+    found, pairs = read_features(features), []
+    if text: found, pairs = _with_text(found, text, encoder, protocol)
     if protocol: found = with_protocol(found, protocol, _splits_of(features))
     predictions = _cross_validate(found, head, modalities, seeds, allow_leak or is_leaky(protocol))
     if not out and Run(features).clips.is_file(): out = Path(features)/'crossval.parquet'
     if out: _write_crossval(predictions, found, out, head=head, seeds=seeds, protocol=protocol or '')
     tested, summary = _tests_of(predictions, found) if tests else None, crossval_summary(predictions)
     if tests: tested = tested.assign(**leak_of(predictions))
-    _emit(summary | dict(tests=tested.to_dict('index')) if tests else summary, json_file)
+    copies = _copies_of(predictions, found, pairs)
+    _emit(summary | copies | (dict(tests=tested.to_dict('index')) if tests else {}), json_file)
     if json_file == '-': return
     _print_crossval(summary, predictions)
+    if copies: _print_copies(**copies)
     if tests: print(f'\n{tested.astype(float).round(3).to_string()}')
     if out: print(f"\npredictions: {out}\npicture: {Path(out).with_suffix('.png')}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Features', 'parse_set', 'sort_modalities', 'read_features', 'pack_rows', 'FeatureStore', 'is_store', 'open_store',
            'store_precision', 'check_features', 'check_training', 'find_leak', 'check_leak', 'deal_folds',
-           'make_features', 'features_info', 'format_info', 'export_features', 'tfidf_features']
+           'make_features', 'features_info', 'format_info', 'export_features']
 
 # %% ../nbs/16_features.ipynb #90295883
 import json
@@ -36,6 +36,7 @@ class Features:
     groups: np.ndarray | None = field(default=None, kw_only=True) # what must stay together, str, (N,); None: the clips of a video
     split: np.ndarray | None = None # train, val, test or '', str, (K, N)
     label_names: list[str] = field(default_factory=lambda: ['0', '1'])
+    texts: np.ndarray | None = field(default=None, kw_only=True) # what is said or written, str, (N,), '': nothing; None: not known
     times: dict[str, np.ndarray] = field(default_factory=dict) # modality → float32 (N, T), s
     provenance: dict = field(default_factory=dict) # how they were made
 
@@ -48,8 +49,10 @@ class Features:
         "The same features for some rows: an index array or a boolean mask."
         def pick(arrays): return {m: a[rows] for m, a in arrays.items()}
         by_clip = {name: getattr(self, name)[rows] for name in ('ids', 'labels', 'video_ids', 'groups')}
+        texts = None if self.texts is None else self.texts[rows]
         split = None if self.split is None else self.split[:, rows]
-        return replace(self, arrays=pick(self.arrays), masks=pick(self.masks), times=pick(self.times), split=split, **by_clip)
+        by_modality = dict(arrays=pick(self.arrays), masks=pick(self.masks), times=pick(self.times))
+        return replace(self, **by_modality, **by_clip, split=split, texts=texts)
 
     def only(self, modalities: list[str]) -> 'Features':
         "The same rows with some of the modalities."
@@ -604,19 +607,3 @@ def export_features(
         with write_atomic(out) as part: _write_arrays(part, *arrays)
     except OSError as e: raise InputError(f"{out}: cannot be written ({e.strerror or e})") from e
     return out
-
-# %% ../nbs/16_features.ipynb #754f184e
-def tfidf_features(
-    texts: list, # of all clips, str; '' where there is none
-    dims: int = 64, # of the result
-    seed: int = 0, # of the decomposition
-):  # function of the training rows, to features float32 (N, D)
-    "Latent features of the letters of words, fitted on the training part only."
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    def features_of(train):
-        letters = TfidfVectorizer(analyzer='char_wb', ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=60_000)
-        counts = letters.fit([texts[i] for i in train]).transform(texts)
-        svd = TruncatedSVD(min(dims, counts.shape[1] - 1), random_state=seed).fit(counts[train])
-        return svd.transform(counts).astype(np.float32)
-    return features_of

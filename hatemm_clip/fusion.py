@@ -23,7 +23,7 @@ from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid
 
 from .base import (
-    InputError, PREDICTIONS, PREDICTIONS_BY_CLASS, progress as progress_bar, Run, write_table)
+    InputError, PREDICTIONS, PREDICTIONS_BY_CLASS, progress as progress_bar, read_table, Run, write_table)
 from .data import leaky_snippet, make_splits, part_of_clips
 from .demo import read_truth
 from .metrics import apply_temperature, fit_temperature
@@ -31,9 +31,12 @@ from .compare import paired_difference
 from hatemm_clip.features import (
     check_features, check_leak, check_training, deal_folds, Features, parse_set, read_features,
     sort_modalities)
+from .lexical import lexical_features, with_texts
 from .heads import fitting_heads, HEADS
 from .members import ClipTensors, predict_members, take_members, train_members
-from .classifier import choose_calibration, FusionClassifier, save_bundle, softmax
+from .calibration import choose_calibration, softmax
+from .experts import COMBINED, CombinedClassifier, fit_expert, kinds_for, LEXICAL
+from .classifier import FusionClassifier, save_bundle
 
 # %% ../nbs/40_fusion.ipynb #a2c2d95d
 GRIDS = {name: dict(mixup=[0., .4], label_smoothing=[.1]) for name in HEADS}
@@ -69,11 +72,11 @@ def run_name(
 
 # %% ../nbs/40_fusion.ipynb #83178090
 def _chosen_heads(heads, modalities, features):
-    "Names of heads; all: the references, and those that fit and differ."
+    "Names of heads; all: the references, those that fit and differ, and the combined experts."
     if heads != 'all': return [heads] if isinstance(heads, str) else list(heads)
     one_token = all(features.masks[m].shape[1] == 1 for m in modalities if m in features.masks)
     left_out = ('RandomFrame',) if one_token else ()  # of one token it is `MeanLinear`
-    return [*REFERENCES, *(h for h in fitting_heads(modalities) if h not in left_out)]
+    return [*REFERENCES, *(h for h in fitting_heads(modalities) if h not in left_out), *COMBINED]
 
 # %% ../nbs/40_fusion.ipynb #34db901b
 @dataclasses.dataclass(frozen=True)
@@ -260,16 +263,63 @@ def _crossval_run(features, per_fold, head, modalities, plan): # plan: CrossvalS
     return pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
 
 # %% ../nbs/40_fusion.ipynb #28b0833f
-def _features_by_fold(features, per_fold):
+def _learners(features, per_fold):
+    "Modality -> function of the training rows, to features of all clips."
+    words = {} if features.texts is None else {LEXICAL: lexical_features(features.texts)}
+    return words | dict(per_fold or {})
+
+
+def _features_by_fold(features, learners):
     "Features that are learned in each fold's training part: modality -> float32 (K, N, 1, D)."
     trains = [np.flatnonzero(parts == 'train') for parts in features.split]
-    found = {m: np.stack([learn(rows) for rows in trains]) for m, learn in (per_fold or {}).items()}
+    found = {m: np.stack([learn(rows) for rows in trains]) for m, learn in learners.items()}
     return {m: a[:, :, None].astype(np.float32) for m, a in found.items()}
+
+# %% ../nbs/40_fusion.ipynb #42d7e137
+def _fold_experts(features, modality, k, seed):
+    "Experts of one modality in fold `k`, each with its scores of all clips."
+    train = features[features.split[k] == 'train']
+    experts = [fit_expert(train, modality, kind, seed) for kind in kinds_for(features, modality)]
+    return [(dataclasses.replace(e, model=None), e.scores(features)) for e in experts]
+
+# %% ../nbs/40_fusion.ipynb #8815c56f
+def _combined_run(features, experts, head, modalities, plan): # experts: (modality, fold) → pairs (Expert, scores)
+    "Predictions of combined experts, the same for every seed."
+    policy = {k: v for k, v in plan.params.items() if k in ('threshold', 'calibration')}
+    config, tables = FusionClassifier(**policy), []
+    for k, parts in enumerate(features.split):
+        part = {p: np.flatnonzero(parts == p) for p in ('train', 'val', 'test')}
+        fitted, scores = zip(*(pair for m in modalities for pair in experts[m, k]))
+        model = CombinedClassifier(head).take(list(fitted), features.labels[part['train']], len(features.label_names))
+        probs = {p: model.combine([s[part[p]] for s in scores]) for p in ('val', 'test')}
+        calibration, run = _calibrate_on_val(features, part, probs, config), run_name(head, modalities)
+        numbers = range(plan.seed, plan.seed + plan.seeds)
+        tables += [_prediction_rows(features, part, probs, calibration, dict(run=run, fold=k, seed=s)) for s in numbers]
+    return pd.concat(tables, ignore_index=True), pd.DataFrame()
+
+# %% ../nbs/40_fusion.ipynb #70ca9369
+def _check_experts(features, modalities):
+    for k, parts in enumerate(features.split):
+        part = {p: np.flatnonzero(parts == p) for p in ('train', 'val', 'test')}
+        _check_fold(sort_modalities(features, [m for m in modalities if m != LEXICAL]), k, part)
+
+
+def _combined_runs(features, runs, plan, jobs, progress): # runs: pairs (head, modalities)
+    "Name of a run → its predictions, for heads that combine experts."
+    names = all_different(m for _, modalities in runs for m in modalities)
+    if not names: return {}
+    lexical = [LEXICAL]*(features.texts is not None)
+    for _, modalities in runs: _check_modalities(modalities, features, lexical)
+    _check_experts(features, names)
+    keys = [(m, k) for m in names for k in range(len(features.split))]
+    found = _in_parallel([delayed(_fold_experts)(features, m, k, plan.seed) for m, k in keys], jobs, progress)
+    experts = dict(zip(keys, found))
+    return {run_name(h, s): _combined_run(features, experts, h, s, plan) for h, s in runs}
 
 # %% ../nbs/40_fusion.ipynb #e495d58a
 def crossval(
     features: Features, # with `split`
-    heads='BinaryClassifier', # a name in HEADS or REFERENCES, several, or all
+    heads='BinaryClassifier', # a name in HEADS, REFERENCES or COMBINED, several, or all
     modalities=None, # sets such as ['image+text', 'text']; None: all together, and each alone
     seeds: int = 10, # networks per fold
     jobs: int = 1, # runs at a time, each in a process of its own; -1: as many as there are cores
@@ -284,13 +334,13 @@ def crossval(
         raise InputError("the features have no split; deal one by group, such as data.make_splits does")
     leak = check_leak(features, allow_leak)
     plan = CrossvalSettings.of(seeds=seeds, **options)
-    per_fold = _features_by_fold(features, plan.per_fold)
-    sets = modality_sets([*features.arrays, *per_fold], modalities)
+    learners = _learners(features, plan.per_fold)
+    sets = modality_sets([*features.arrays, *learners], modalities)
     runs = [(h, s) for s in sets for h in _chosen_heads(heads, s, features)]
     plan = dataclasses.replace(plan, per_fold=None)  # functions do not travel to other processes
-    tasks = [delayed(_crossval_run)(features, per_fold, h, s, plan) for h, s in runs]
-    found = _in_parallel(tasks, jobs, progress)
-    predictions, history = (pd.concat([tables[i] for tables in found], ignore_index=True) for i in (0, 1))
+    tables = _network_runs(features, learners, [r for r in runs if r[0] not in COMBINED], plan, jobs, progress)
+    tables |= _combined_runs(features, [r for r in runs if r[0] in COMBINED], plan, jobs, progress)
+    predictions, history = (pd.concat([tables[run_name(*r)][i] for r in runs], ignore_index=True) for i in (0, 1))
     if leak: predictions = predictions.assign(leak=leak)
     return (predictions, history) if return_history else predictions
 
@@ -303,11 +353,19 @@ def _in_parallel(tasks, jobs, progress):
         warnings.filterwarnings('ignore', 'A worker stopped')  # joblib renews a process that has grown; nothing is lost
         return list(found)
 
+# %% ../nbs/40_fusion.ipynb #632b6d2b
+def _network_runs(features, learners, runs, plan, jobs, progress): # runs: pairs (head, modalities)
+    "Name of a run → its predictions and learning curves, for heads that are trained or fitted one by one."
+    needed = {m for _, modalities in runs for m in modalities}
+    per_fold = _features_by_fold(features, {m: learn for m, learn in learners.items() if m in needed})
+    tasks = [delayed(_crossval_run)(features, per_fold, h, s, plan) for h, s in runs]
+    return dict(zip([run_name(*r) for r in runs], _in_parallel(tasks, jobs, progress)))
+
 # %% ../nbs/40_fusion.ipynb #6cf8ca96
-def _groups_of(clips, splits):
+def _groups_of(features, splits):
     "Group of each video."
-    videos = clips.video_id.unique()
-    own = pd.Series(videos, index=videos)
+    own = pd.Series(features.groups, index=features.video_ids)
+    own = own[~own.index.duplicated()]
     if splits is None: return own
     return splits.drop_duplicates('video_id').set_index('video_id').group.reindex(own.index).fillna(own)
 
@@ -322,7 +380,7 @@ def is_leaky(
 def with_protocol(
     features: Features, # of any clips
     protocol: str, # of `splits`; or grouped_5fold (any number), or leaky_snippet
-    splits: pd.DataFrame | None = None, # SPLITS, with their groups; None: a video is a group
+    splits: pd.DataFrame | None = None, # SPLITS, with their groups; None: the groups of the features
     seed: int = 0, # of a deal
 ) -> Features: # the same with other folds
     "Give features the folds of a protocol."
@@ -334,7 +392,7 @@ def with_protocol(
     folds = re.fullmatch(r'grouped_(\d+)fold', protocol)
     if protocol in known: table = splits[splits.protocol == protocol]
     elif is_leaky(protocol): table = leaky_snippet(clips, seed=seed)
-    elif folds: table = make_splits(clips, _groups_of(clips, splits), int(folds[1]), seed)
+    elif folds: table = make_splits(clips, _groups_of(features, splits), int(folds[1]), seed)
     else:
         choices = ', '.join(dict.fromkeys([*known, 'grouped_5fold', 'leaky_snippet']))
         raise InputError(f"protocol {protocol!r} is unknown; choose from {choices}")
@@ -374,6 +432,7 @@ def compare_protocols(
     return paired_difference(pd.concat(tables), protocols[0], protocols[1], metrics)
 
 # %% ../nbs/40_fusion.ipynb #2cd41a12
+def _heads_of(predictions): return predictions.run.str.split(':', n=1).str[0]
 def _modalities_of(predictions): return predictions.run.str.split(':', n=1).str[1]
 
 # %% ../nbs/40_fusion.ipynb #803c602f
@@ -435,12 +494,13 @@ def combine_heads(
     predictions: pd.DataFrame, # from `crossval`, several heads
     **policy, # threshold and calibration, of `choose_calibration`
 ) -> pd.DataFrame: # the same and, for each set of modalities, the runs Chosen and AllHeads
-    "Add the head that the validation parts choose, and the average of all."
-    modalities, averages = _modalities_of(predictions), []
+    "Add the head that the validation parts choose, and the average of all; combined experts stand beside them."
+    single = predictions[~_heads_of(predictions).isin(COMBINED)]
+    modalities, averages = _modalities_of(single), []
     for m in modalities.unique():
-        runs = list(predictions.run[modalities == m].unique())
-        averages.append(blend_runs(predictions, runs, run_name('AllHeads', m), **policy))
-    return pd.concat([predictions, choose_runs(predictions), *averages], ignore_index=True)
+        runs = list(single.run[modalities == m].unique())
+        averages.append(blend_runs(single, runs, run_name('AllHeads', m), **policy))
+    return pd.concat([predictions, choose_runs(single), *averages], ignore_index=True)
 
 # %% ../nbs/40_fusion.ipynb #16efceca
 def _check_splittable(features):
@@ -448,10 +508,28 @@ def _check_splittable(features):
     raise InputError("these features come from an encoder that was fine-tuned on some of the videos; "
                      "give the split that it kept to")
 
+# %% ../nbs/40_fusion.ipynb #55a6deeb
+def _unfitted(head, modalities, seed, params):
+    "The model that a bundle gets; experts know no parameters of networks."
+    if head not in COMBINED:
+        if modalities is not None and LEXICAL in parse_set(modalities):
+            raise InputError(f'{LEXICAL} goes into a bundle with {" or ".join(COMBINED)}; {head} learns it in a cross-validation only')
+        return FusionClassifier(head, modalities=modalities, seed=seed, **params)
+    policy = {k: v for k, v in params.items() if k in ('threshold', 'calibration')}
+    return CombinedClassifier(head, modalities, seed, **policy)
+
+# %% ../nbs/40_fusion.ipynb #163c1019
+def _settings_for_all(features, model, val, grid): # val: bool (N,)
+    "The setting of a grid that is best on the validation part when all other clips are trained on."
+    kept = model.prepare(check_training(check_features(sort_modalities(features, model.modalities))))
+    parts = [dict(train=np.flatnonzero(~val), val=np.flatnonzero(val))]
+    folds = _Folds(ClipTensors(kept, device=model.device), features.labels, parts, len(features.label_names))
+    return _choose_settings(folds, model, grid, model.seed)[0]
+
 # %% ../nbs/40_fusion.ipynb #c970a7a0
 def fit_bundle(
     features: Features, # all clips
-    head: str = 'BinaryClassifier', # a key of HEADS
+    head: str = 'BinaryClassifier', # a key of HEADS, or one of COMBINED
     folder: str | Path | None = None, # gets the bundle; None: none is written
     modalities=None, # one set, such as 'image+text'; None: all
     grid: dict | None = None, # parameter -> values; None: GRIDS; {}: nothing is chosen
@@ -461,14 +539,11 @@ def fit_bundle(
     **params, # of FusionClassifier
 ) -> FusionClassifier: # fitted and calibrated
     "Train on all clips but an inner validation part, and write the bundle."
-    model = FusionClassifier(head, modalities=modalities, seed=seed, **params)
-    kept = model.prepare(check_training(check_features(sort_modalities(features, modalities))))
     _check_splittable(features)
     dealt = features.split if features.split is not None else deal_folds(features.labels, features.groups, 5, seed)
     val = dealt[0] == 'val'
-    parts = [dict(train=np.flatnonzero(~val), val=np.flatnonzero(val))]
-    folds = _Folds(ClipTensors(kept, device=model.device), features.labels, parts, len(features.label_names))
-    model.set_params(**_choose_settings(folds, model, _grid_of(head, grid, params), seed)[0])
+    model = _unfitted(head, modalities, seed, params)
+    if head not in COMBINED: model.set_params(**_settings_for_all(features, model, val, _grid_of(head, grid, params)))
     model.fit(features[~val], val=features[val])
     info = features.provenance if encoder is None else encoder
     if folder is not None: save_bundle(folder, model, info, info.get('splits', ''), demo)
@@ -478,21 +553,26 @@ def fit_bundle(
 def best_head(
     predictions: pd.DataFrame, # from `crossval`
     modalities, # one set, such as image+text
-) -> str: # a key of HEADS
+) -> str: # a key of HEADS, or one of COMBINED
     "Head with the least validation loss, mean over folds and seeds."
     losses = val_losses(predictions).groupby('run').mean()
-    runs = {h: run_name(h, modalities) for h in HEADS}
+    runs = {h: run_name(h, modalities) for h in (*HEADS, *COMBINED)}
     return min((h for h, run in runs.items() if run in losses.index), key=lambda h: losses[runs[h]])
 
 # %% ../nbs/40_fusion.ipynb #d671abc4
 def stage_features(
     run_dir: str | Path, # a run
     finetuned: str = '', # name of a fine-tuning run; '': the one store that all folds share
+    words: bool = False, # with the words of the transcripts
 ) -> list: # Features; one, or one per fold
     "Read the features that a run's heads are trained on."
-    if not finetuned: return [read_features(run_dir)]
-    from hatemm_clip.finetune import read_folds
-    return read_folds(run_dir, finetuned)
+    if finetuned:
+        from hatemm_clip.finetune import read_folds
+        found = read_folds(run_dir, finetuned)
+    else: found = [read_features(run_dir)]
+    if not words: return found
+    texts = read_table(Run(run_dir).transcripts).set_index('clip_id').text.to_dict()
+    return [with_texts(f, texts) for f in found]
 
 # %% ../nbs/40_fusion.ipynb #f54031ec
 def crossval_folds(
@@ -554,7 +634,7 @@ def run_fusion(
 ) -> pd.DataFrame: # predictions
     "Run the stage: cross-validate, write the predictions, train the bundle."
     run, heads = Run(run_dir), head if head == 'all' else head.split(',')
-    features = stage_features(run.folder, finetuned)
+    features = stage_features(run.folder, finetuned, LEXICAL in parse_set(modalities))
     if bundle and finetuned: _check_single(run, finetuned)
     names = _to_train_on(features, parse_set(modalities))
     sets, modalities = modality_sets(names), '+'.join(names)

@@ -99,15 +99,15 @@ class ClipTensors:
     def __init__(
         self,
         features, # Features, padded
-        per_fold: dict | None = None, # modality -> float32 (K, N, 1, D), present everywhere
+        per_fold: dict | None = None, # modality -> float32 (K, N, 1, D), NaN: absent
         device: str = 'cpu', # cpu or cuda
     ):
         tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a), device=device)
         self.x = {m: tensor(a)[None] for m, a in features.arrays.items()}
         self.mask = {m: tensor(a) for m, a in features.masks.items()}
         for m, a in (per_fold or {}).items():
-            self.x[m] = tensor(a)
-            self.mask[m] = torch.ones(a.shape[1:3], dtype=torch.bool, device=device)
+            self.x[m] = tensor(np.nan_to_num(a))
+            self.mask[m] = tensor(~np.isnan(a[0]).any(-1))
         self.dims = {m: self.x[m].shape[3] for m in sorted(self.x)}
 
     @property

@@ -26,7 +26,8 @@ from .compare import difference, leak_of, Resampled
 from .features import (
     check_features, check_leak, check_training, Features, read_features, sort_modalities)
 from .members import ClipTensors, MemberPlan, predict_members, take_members, train_members
-from .classifier import bagged_threshold, choose_calibration, FusionClassifier, join_features
+from .calibration import bagged_threshold, choose_calibration
+from .classifier import FusionClassifier, join_features
 from .fusion import run_name
 from .corruption import (
     corrupt, DONOR_COLUMNS, donor_table, draw_donors, KINDS, NoDonors, parse_condition)

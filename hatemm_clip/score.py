@@ -19,13 +19,14 @@ from .speech import asr_of
 from .features import Features
 from .encoders import encode_texts, encoder_of, load_audio_encoder, text_windows
 from .batching import embed_items
+from .experts import LEXICAL
 from .classifier import explain, load_bundle
 
 # %% ../nbs/88_score.ipynb #fb49aaa6
-SCORABLE = ('image', 'text', 'audio')  # modalities that can be made from a file
+SCORABLE = ('image', 'text', 'audio', LEXICAL)  # modalities that can be made from a file
 
 # %% ../nbs/88_score.ipynb #3ca3bcef
-def _one_clip(found):
+def _one_clip(found, words):
     "Features of a single clip, rounded as in a store; a modality of no vectors is absent."
     arrays, masks, times = {}, {}, {}
     for m, (vectors, starts) in found.items():
@@ -34,7 +35,7 @@ def _one_clip(found):
         arrays[m] = np.asarray(vectors, np.float16).astype(np.float32)[None]
         masks[m] = np.full(arrays[m].shape[:2], there)
         times[m] = np.asarray(starts if there else [0.], np.float32)[None]
-    return Features(np.array(['clip']), np.array([0]), arrays, masks, np.array(['clip']), times=times)
+    return Features(np.array(['clip']), np.array([0]), arrays, masks, np.array(['clip']), times=times, texts=np.array([words], object))
 
 # %% ../nbs/88_score.ipynb #ee6cc8d4
 def _check_bundle(bundle, model):
@@ -91,10 +92,10 @@ def explain_score(
     media: Media, # of one file
 ) -> dict: # label, prob, prob_of, probabilities, transcript, windows, frames, modalities, notes
     "What a bundle says of a file, and why; `contribution` is a change of log-odds."
-    clip, names = media.features.only(list(model.dims_)), model.label_names_
+    clip, names = media.features.only([m for m in model.dims_ if m != LEXICAL]), model.label_names_
     probs, label = model.predict_proba(clip)[0], int(model.predict(clip)[0])
     asked = 1 if len(names) == 2 else label
-    found = explain(model, clip, asked)
+    found = explain(model, clip, asked, [w['text'] for w in media.windows])
     effect = lambda m: [round(float(v), 4) for v in found['tokens'].get(m, [])]
     times = clip.times['image'][0] if 'image' in clip.arrays else []
     return dict(
@@ -154,7 +155,7 @@ class Scorer:
             vectors, times, seen = _see(path, self.encoder, self.made.get('fps', 1.))
             found['image'], notes = (vectors, times), notes + seen
         if self.sound: found['audio'] = self.sound(audio)
-        return Media(_one_clip(found), windows, transcript, info['notes'] + notes)
+        return Media(_one_clip(found, ' '.join(w['text'] for w in windows)), windows, transcript, info['notes'] + notes)
 
     def score(
         self,
