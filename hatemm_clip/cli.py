@@ -254,15 +254,20 @@ def _write_crossval(predictions, features, out, **settings):
     picture.savefig(Path(out).with_suffix('.png'), dpi=150)
 
 # %% ../nbs/97_cli.ipynb #69dc0fb4
-def _print_crossval(summary, predictions):
-    "A line a head and set of modalities; several are compared."
-    from hatemm_clip.compare import head_table
+def _print_scores(summary):
+    "A line a head and set of modalities."
     for head, sets in summary.items():
         for modalities, found in sets.items():
             shown = [f'{m} {_with_interval(found[m])}' for m in ('macro_f1', 'auroc') if m in found]
             leak = next(iter(found.values())).get('leak')
             if leak: shown.append(f'LEAK: {leak:.0%} of the test clips have a sibling in training')
             print(f'{head:<24}{modalities:<20}' + '  '.join(shown))
+
+# %% ../nbs/97_cli.ipynb #6e2f0322
+def _print_crossval(summary, predictions):
+    "The scores of each run; several are compared."
+    from hatemm_clip.compare import head_table
+    _print_scores(summary)
     if predictions.run.nunique() < 2: return
     first = predictions.run.iloc[0]
     print(f'\nagainst {first}, paired by video; p corrected for the number of runs (Holm):')
@@ -299,10 +304,7 @@ def _copies_of(predictions, features, pairs): # pairs of rows
 # %% ../nbs/97_cli.ipynb #d78ee9b7
 def _print_copies(copied, without_copies):
     print(f'\n{copied} test clips have a near copy in the training part of their fold. Without them:')
-    for head, sets in without_copies.items():
-        for modalities, found in sets.items():
-            shown = [f'{m} {_with_interval(found[m])}' for m in ('macro_f1', 'auroc') if m in found]
-            print(f'{head:<24}{modalities:<20}' + '  '.join(shown))
+    _print_scores(without_copies)
     print('--protocol grouped_5fold deals copies together')
 
 # %% ../nbs/97_cli.ipynb #4614fb77

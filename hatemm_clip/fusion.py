@@ -496,6 +496,7 @@ def combine_heads(
 ) -> pd.DataFrame: # the same and, for each set of modalities, the runs Chosen and AllHeads
     "Add the head that the validation parts choose, and the average of all; combined experts stand beside them."
     single = predictions[~_heads_of(predictions).isin(COMBINED)]
+    if single.empty: return predictions
     modalities, averages = _modalities_of(single), []
     for m in modalities.unique():
         runs = list(single.run[modalities == m].unique())

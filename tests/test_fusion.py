@@ -16,7 +16,7 @@ from hatemm_clip.classifier import FusionClassifier, explain, load_bundle, save_
 from hatemm_clip.members import ClipTensors, MemberPlan, TrainSettings, predict_members, take_members, train_members
 from hatemm_clip.compare import accuracy_by, compare_heads, plot_heads
 from hatemm_clip.bench import bench_fusion
-from hatemm_clip.features import find_leak, make_features, tfidf_features
+from hatemm_clip.features import find_leak, make_features
 from hatemm_clip.compare import summarise_runs
 
 HATEMM = Path(__file__).resolve().parents[2]/'shared/data/hatemm/hatemm_bert_mfcc.npz'
@@ -337,12 +337,6 @@ def test_strong_mixup_and_absent_modality_train(data):
     silent = without_text(data, np.arange(0, 60, 2))
     model = FusionClassifier('MultiModalClassifier', mixup=1., epochs=3).fit(silent)
     assert np.isfinite(model.predict_proba(silent)).all()
-
-
-def test_tfidf_sees_the_training_part_only():
-    texts = ['tram stops'] * 10 + ['tram stops later'] * 10 + ['qqq zzz'] * 5
-    found = tfidf_features(texts, 3)(np.arange(20))
-    assert not found[20:].any() and found[:20].any(1).all()
 
 
 def test_nothing_of_the_test_part_is_used(data):
