@@ -145,11 +145,13 @@ def tower_names(
     return {m: n for m, n in dict(image=image, text=text).items() if n} if plus else {}
 
 # %% ../nbs/18_encoders.ipynb #dcc7baa7
-def _is_clip(name):
-    "Whether a tower is that of an open_clip model."
+def _is_clip(name, pretrained):
+    "Whether a tower is that of an open_clip model; of a name that timm knows, too, `pretrained` decides."
     import open_clip
+    import timm
     register_tiny()
-    return name in open_clip.list_models()
+    if name not in open_clip.list_models(): return False
+    return not timm.is_model(name) or pretrained in open_clip.list_pretrained_tags_by_model(name) or Path(pretrained).is_file()
 
 # %% ../nbs/18_encoders.ipynb #b2e4a172
 def _clip_tower(modality, name, pretrained):
@@ -161,7 +163,7 @@ def _clip_tower(modality, name, pretrained):
 
 # %% ../nbs/18_encoders.ipynb #08f27c58
 def _load_tower(modality, name, pretrained):
-    if _is_clip(name): return _clip_tower(modality, name, pretrained)
+    if _is_clip(name, pretrained): return _clip_tower(modality, name, pretrained)
     return dict(image=load_image_tower, text=load_text_tower)[modality](name, bool(pretrained))
 
 # %% ../nbs/18_encoders.ipynb #0ecf6580
@@ -173,7 +175,7 @@ def _load_towers(name, names, pretrained, device):
     made = {m: dict(t.made, weights_sha256=_weights_sha256(t.module)) for m, t in found.items()}
     return Encoder(
         model=model, tokenizer=text.tokenizer, name=name, preprocess=image.preprocess, device=device,
-        pretrained=pretrained if not pretrained or any(map(_is_clip, names.values())) else OWN,
+        pretrained=pretrained if not pretrained or any(_is_clip(n, pretrained) for n in names.values()) else OWN,
         dims={m: t.dim for m, t in found.items()}, context_length=text.context_length,
         weights_sha256=_weights_sha256(model), towers=made)
 

@@ -147,7 +147,7 @@ class TextTower(nn.Module):
         self.proj = identity_layer(transformer.config.hidden_size)
 
     def forward(self, tokens): # int (S, L) → (S, D)
-        there = (tokens != self.pad).long()
+        there = (tokens != self.pad).long().flip(1).cummax(1).values.flip(1)  # a text may hold the word [PAD] itself
         states = self.transformer(input_ids=tokens, attention_mask=there).last_hidden_state
         if self.pooling == 'cls': return self.proj(states[:, 0])
         weight = (there/there.sum(1, keepdim=True))[..., None]
@@ -222,7 +222,7 @@ def load_text_tower(
     longest = _read_json(folder/'sentence_bert_config.json').get('max_seq_length') or CONTEXT
     length = min(CONTEXT, longest)
     with _quiet():
-        try: tokenizer = HFTokenizer(str(folder), context_length=length)
+        try: tokenizer = HFTokenizer(str(folder), context_length=length, padding_side='right')
         except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
     words = short_hash(*(file_sha256(folder/f) for f in _VOCABULARIES if (folder/f).is_file()))
     made = dict(name=name, pooling=module.pooling, vocabulary=words)
