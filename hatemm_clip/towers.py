@@ -135,7 +135,7 @@ def load_image_tower(
 
 # %% ../nbs/17_towers.ipynb #f2b3c137
 CONTEXT = 128  # tokens of a window at most, with start and end
-_VOCABULARIES = ('tokenizer.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'sentencepiece.bpe.model', 'spiece.model')
+_VOCABULARIES = ('tokenizer.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'sentencepiece.bpe.model')
 
 
 class TextTower(nn.Module):
@@ -191,7 +191,8 @@ def _pooling_of(folder):
     "How a folder pools its tokens: mean, also where it does not say, or cls."
     modules = {m['type'].split('.')[-1]: m['path'] for m in _read_json(folder/'modules.json') or []}
     strange = set(modules) - {'Transformer', 'Pooling', 'Normalize'}
-    if strange: raise InputError(f"{folder}: has a module {min(strange)}; expected Transformer, Pooling and Normalize only")
+    if strange:
+        raise InputError(f"{folder}: has a module {min(strange)}; expected Transformer, Pooling and Normalize only")
     made = _read_json(folder/modules['Pooling']/'config.json') if 'Pooling' in modules else {}
     kind = lambda key: re.sub('^pooling_mode_|_tokens?$', '', key)
     asked = {kind(key) for key, value in made.items() if key.startswith('pooling_mode_') and value}

@@ -15,11 +15,12 @@ from hatemm_clip import towers
 from hatemm_clip.base import InputError
 from hatemm_clip.batching import embed_items
 from hatemm_clip.embed import embed_clips
-from hatemm_clip.encoders import encode_frames, encode_texts, encoder_of, has_clip, list_encoders, load_encoder, tower_names, with_precision
+from hatemm_clip.encoders import encode_frames, encode_texts, encoder_of, load_encoder, tower_names, with_precision
 from hatemm_clip.explore import zero_shot
 from hatemm_clip.features import Features, open_store
 from hatemm_clip.fusion import fit_bundle
 from hatemm_clip.keys import _file_hashes
+from hatemm_clip.known import has_clip, list_encoders
 from hatemm_clip.media import write_video
 from hatemm_clip.score import Scorer
 from hatemm_clip.stages import absolute_paths
