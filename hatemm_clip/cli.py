@@ -274,17 +274,38 @@ def _print_crossval(summary, predictions):
     print(head_table(predictions).round(3).to_string())
 
 # %% ../nbs/97_cli.ipynb #abc3d9e1
+def _encoded(features, encoder):
+    "Features with what a text tower makes of their words."
+    if not encoder: return features
+    from hatemm_clip.encoders import load_encoder
+    from hatemm_clip.lexical import encode_beside
+    return encode_beside(features, load_encoder(encoder), _cache_folder())
+
+
 def _with_text(features, file, encoder, protocol):
     "Features with the words of a file, and pairs of clips that are nearly the same."
-    from hatemm_clip.lexical import encode_beside, find_copies, join_groups, read_texts, with_texts
+    from hatemm_clip.lexical import find_copies, join_groups, read_texts, with_texts
     found = with_texts(features, read_texts(file))
     lacking = sum(text == '' for text in found.texts)
     if lacking: typer.echo(f'{lacking} of {len(found)} clips have no text', err=True)
     pairs = find_copies(found)
     if protocol and protocol.startswith('grouped'): found = join_groups(found, pairs)
-    if not encoder: return found, pairs
-    from hatemm_clip.encoders import load_encoder
-    return encode_beside(found, load_encoder(encoder), _cache_folder()), pairs
+    return _encoded(found, encoder), pairs
+
+# %% ../nbs/97_cli.ipynb #1612baa2
+def _check_sources(features, text, train, test):
+    "Refuse what does not go together."
+    from hatemm_clip.base import InputError
+    if bool(train) != bool(test): raise InputError('--train and --test go together; give both, or features')
+    if bool(features) == bool(train): raise InputError('give features (a run, a .lance store or a .npz file), or --train and --test')
+    if train and text: raise InputError('--text stands beside features; the tables of --train and --test hold their own')
+
+
+def _text_split(train, test, encoder):
+    "Clips of which only words are known, and pairs of them that are nearly the same."
+    from hatemm_clip.lexical import find_copies, read_text_split
+    found = read_text_split(train, test)
+    return _encoded(found, encoder), find_copies(found)
 
 # %% ../nbs/97_cli.ipynb #7330b7f6
 def _cache_folder():
@@ -310,14 +331,16 @@ def _print_copies(copied, without_copies):
 # %% ../nbs/97_cli.ipynb #4614fb77
 @app.command()
 def crossval(
-    features: str = FEATURES,
+    features: str = typer.Argument(None, help='A run, a .lance store or a .npz file; none with --train and --test.'),
     head: str = typer.Option('BinaryClassifier', help='A head, LogisticRegression, SVM, several with commas, or all.'),
     modalities: str = typer.Option(
         None, help='Such as image+text, several sets with commas; by default all together, and each alone.'),
     seeds: int = typer.Option(10, min=1, help='Networks a fold.'),
     text: str = typer.Option(
         None, metavar='FILE', help='Ids and texts (.json, .jsonl, .csv, .parquet): adds the modalities lexical and text.'),
-    encoder: str = typer.Option('lite0+minilm', help='Whose text tower encodes --text; \'\' for lexical alone.'),
+    train: str = typer.Option(None, '--train', metavar='FILE', help='With --test, in place of features: a table of id, text and label.'),
+    test: str = typer.Option(None, '--test', metavar='FILE', help='The same, of the test part.'),
+    encoder: str = typer.Option('lite0+minilm', help='Whose text tower encodes texts; \'\' for lexical alone.'),
     allow_leak: bool = ALLOW_LEAK,
     protocol: str = typer.Option(
         None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),
@@ -332,11 +355,13 @@ def crossval(
     from hatemm_clip.compare import crossval_summary, leak_of
     from hatemm_clip.features import read_features
     from hatemm_clip.fusion import is_leaky, with_protocol
-    found, pairs = read_features(features), []
+    _check_sources(features, text, train, test)
+    if train: found, pairs = _text_split(train, test, encoder)
+    else: found, pairs = read_features(features), []
     if text: found, pairs = _with_text(found, text, encoder, protocol)
     if protocol: found = with_protocol(found, protocol, _splits_of(features))
     predictions = _cross_validate(found, head, modalities, seeds, allow_leak or is_leaky(protocol))
-    if not out and Run(features).clips.is_file(): out = Path(features)/'crossval.parquet'
+    if not out and features and Run(features).clips.is_file(): out = Path(features)/'crossval.parquet'
     if out: _write_crossval(predictions, found, out, head=head, seeds=seeds, protocol=protocol or '')
     tested, summary = _tests_of(predictions, found) if tests else None, crossval_summary(predictions)
     if tests: tested = tested.assign(**leak_of(predictions))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['count_ngrams', 'BayesWeights', 'count_bayes', 'lexical_features', 'read_texts', 'with_texts', 'encode_beside',
-           'find_copies', 'copied_clips', 'join_groups']
+           'find_copies', 'copied_clips', 'join_groups', 'texts_only', 'read_text_split']
 
-# %% ../nbs/24_lexical.ipynb #af1263c0
+# %% ../nbs/24_lexical.ipynb #98df1f75
 import dataclasses
 import hashlib
 import json
@@ -18,8 +18,9 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .base import InputError, write_atomic
-from .features import Features
-from .tables import column_key, read_rows
+from .tables import class_key, class_names, column_key, order_labels, read_rows
+from .data import PART_NAMES
+from .features import deal_folds, Features
 
 # %% ../nbs/24_lexical.ipynb #a8a03a90
 def count_ngrams(): # a scikit-learn transformer of texts, to be fitted
@@ -231,3 +232,54 @@ def join_groups(
     _, part = connected_components(coo_matrix((np.ones(len(rows)), (rows, columns)), [len(features)]*2), directed=False)
     _, leader = np.unique(part, return_index=True)
     return dataclasses.replace(features, groups=features.groups[leader[part]])
+
+# %% ../nbs/24_lexical.ipynb #b6242722
+def texts_only(
+    texts, # str (N,)
+    labels, # int (N,)
+    label_names: list, # of the labels
+    split: np.ndarray, # train, val or test, str (K, N)
+    ids, # str (N,)
+) -> Features: # with `texts` and no vectors
+    "Features of clips of which only words are known."
+    ids = np.asarray(ids, str)
+    return Features(ids, np.asarray(labels, int), {}, {}, ids, split, list(label_names), texts=np.asarray(texts, object))
+
+# %% ../nbs/24_lexical.ipynb #5f7a9348
+def _labelled(path):
+    "Rows of a table of texts: id, text, label, and split where it is there."
+    if not Path(path).is_file(): raise InputError(f'{path}: no such file; expected a table with id, text and label')
+    rows = pd.DataFrame(read_rows(path, [_ID, _TEXT, 'label'], ['split']))
+    if rows.id.duplicated().any(): raise InputError(f"{path}: {rows.id[rows.id.duplicated()].iloc[0]} is there twice; keep one row a clip")
+    return rows.assign(text=rows.text.str.strip())
+
+# %% ../nbs/24_lexical.ipynb #966eb7a4
+def _with_val(features, seed): # of one fold; gives the same with a part of the training part as val
+    train = np.flatnonzero(features.split[0] == 'train')
+    some = join_groups(features[train], find_copies(features[train]))
+    dealt = deal_folds(some.labels, some.groups, 5, seed)[0]
+    features.split[0, train[dealt == 'val']] = 'val'
+    return features
+
+# %% ../nbs/24_lexical.ipynb #233efa66
+def _train_or_val(name): return 'val' if PART_NAMES.get(name.strip().lower()) == 'val' else 'train'
+
+
+def read_text_split(
+    train: str | Path, # a table of id, text, label[, split]
+    test: str | Path, # another
+    positive: str = '', # the positive class of two; '': as the words say
+    seed: int = 0, # of the deal of the validation part
+) -> Features: # in one fold
+    "Read clips of which only words are known, with their published split."
+    tables = {part: _labelled(path) for part, path in dict(train=train, test=test).items()}
+    both = pd.concat(tables.values(), ignore_index=True)
+    doubled = set(tables['train'].id) & set(tables['test'].id)
+    if doubled: raise InputError(f'{test}: {sorted(doubled)[0]} is in {train} too ({len(doubled)} such); a clip belongs to one part')
+    known = class_names(both.label)
+    names = order_labels(sorted(known.values()), positive)
+    labels = [names.index(known[class_key(label)]) for label in both.label]
+    parts = np.repeat(['train', 'test'], [len(t) for t in tables.values()]).astype('<U5')
+    if 'split' in tables['train']: parts[:len(tables['train'])] = [_train_or_val(s) for s in tables['train'].split]
+    features = texts_only(both.text, labels, names, parts[None], both.id)
+    return features if 'val' in parts else _with_val(features, seed)

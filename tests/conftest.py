@@ -25,9 +25,9 @@ def demo():
     return make_demo()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def on_ray():
-    "Ray with as many CPUs as this machine has, as a stage starts it, and an end to it."
+    "Ray with as many CPUs as this machine has, as a stage starts it, and an end to it before the next file: its idle processes cost a fifth of a core."
     ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
     yield
     ray.shutdown()
