@@ -232,7 +232,7 @@ def no_room(
 ) -> InputError: # to be raised from `error`
     "Say that a file cannot be written."
     return InputError(f'{path}: cannot be written ({error.strerror or error}); '
-                      'what was transcribed before is kept: make room and run again')
+                      'what was done before is kept: make room and run again')
 
 # %% ../nbs/000_base.ipynb #77ead0a0
 CLIPS = pa.schema([

@@ -17,7 +17,8 @@ import pandas as pd
 from .base import check_failures, InputError, progress, read_table, Run, store_lock, write_text
 from .demo import demo_clips
 from .engines import ENGINES
-from .asr import input_hash, transcribe_clips
+from .asr import transcribe_clips
+from .rows import input_hash
 from .features import FeatureStore, is_store, open_store, pack_rows, store_precision
 from .encoders import Encoder, load_audio_encoder, load_encoder, with_precision
 from .batching import embed_with_each, EmbedSettings, ray_items
