@@ -108,7 +108,7 @@ def transcribe_clips(
     workers: int = 2, # actors of Ray
 ) -> pd.DataFrame: # transcripts: FLAGGED_TRANSCRIPTS, in the order of clip_id
     "Run the stage: from `clips` to transcripts.parquet."
-    spread = dict(local=_local_groups, ray=partial(_ray_groups, workers=workers))[check_engine(engine)]
+    spread = _local_groups if check_engine(engine) == 'local' else partial(_ray_groups, workers=workers)
     return read_transcripts(fill_table(_stage(out, asr or load_asr(), spread), clips, max_failed, resume))
 
 # %% ../nbs/10_asr.ipynb #737318dd
