@@ -97,13 +97,13 @@ class _Row:
         self.times[modality] += [float(t) for t in times]
         return [(self, first + i, x) for i, x in enumerate(inputs)]
 
-    def result(self, modalities, encoder, dim):
-        "The row by the encoder of that number, whose vectors are (D,)."
+    def result(self, modalities, encoder, dims):
+        "The row by the encoder of that number; `dims` says how wide its vectors are."
         if self.error: return dict(clip_id=self.clip_id, error=self.error)
         result = dict(clip_id=self.clip_id, error='', notes=self.damage.notes())
         for m in modalities:
             vectors = [self.vectors[m, i][encoder] for i in range(len(self.times[m]))]
-            result |= {m: np.array(vectors, np.float32).reshape(-1, dim), f'{m}_times': self.times[m]}
+            result |= {m: np.array(vectors, np.float32).reshape(-1, dims[m]), f'{m}_times': self.times[m]}
         return result | self.audio
 
 # %% ../nbs/19_batching.ipynb #71af786d
@@ -113,6 +113,7 @@ class _Job:
     def __init__(self, batches, encoders, segments, overlap, read, encode_audio):
         self.batches, self.encoders, self.segments, self.overlap = batches, encoders, segments, overlap
         self.read, self.encode_audio = read, encode_audio
+        self.modalities = [m for m in encoders[0].dims if m == 'image' or segments is not None]
         self.lock, self.done = threading.Lock(), queue.Queue(4*batches.size)
 
     def work(self):
@@ -127,8 +128,8 @@ class _Job:
     def _decode(self, clip):
         row = _Row(clip.clip_id)
         try:
-            if self.segments is not None: self._add(row, 'text', *self._tokens(self.segments.get(clip.clip_id, [])))
-            for images, times in self.read(clip, row.damage):
+            if 'text' in self.modalities: self._add(row, 'text', *self._tokens(self.segments.get(clip.clip_id, [])))
+            for images, times in self.read(clip, row.damage) if 'image' in self.modalities else ():
                 if self.batches.stopped: return
                 self._add(row, 'image', images, times)
             if self.encode_audio:
@@ -160,8 +161,7 @@ class _Job:
         with self.lock:
             row.missing -= inputs
             whole = not row.missing
-        modalities = ['image'] if self.segments is None else ['image', 'text']
-        if whole: self._hand_over([row.result(modalities, i, e.dim) for i, e in enumerate(self.encoders)])
+        if whole: self._hand_over([row.result(self.modalities, i, e.dims) for i, e in enumerate(self.encoders)])
 
     def _hand_over(self, item):
         while not self.batches.stopped:
@@ -246,7 +246,8 @@ def embed_transcripts(
 # %% ../nbs/19_batching.ipynb #397d67d9
 def _embed_texts(texts, encoder, batch_size):
     "Vectors of any number of texts, in full batches."
-    tokens, vectors = list(encoder.tokenizer(texts)) if texts else [], np.zeros((len(texts), encoder.dim), np.float32)
+    tokens = list(encoder.tokenizer(texts)) if texts else []
+    vectors = np.zeros((len(texts), encoder.dims['text']), np.float32)
     for i in range(0, len(tokens), batch_size):
         batch = tokens[i:i+batch_size]
         vectors[i:i+batch_size] = encode_tokens(encoder, fill_batch(batch, batch_size))[:len(batch)]
@@ -262,9 +263,11 @@ def _ray_rows(clip_id, modality, first, times, inputs, error=''):
 # %% ../nbs/19_batching.ipynb #544c86e7
 def _ray_chunks(clip, encoder, fps, overlap):
     "The inputs of a clip, a chunk at a time."
-    windows = text_windows(json.loads(clip.segments), encoder.tokenizer, encoder.context_length, overlap)
-    tokens = encoder.tokenizer([w['text'] for w in windows]) if windows else []
-    yield _ray_rows(clip.clip_id, 'text', 0, [w['start'] for w in windows], [t.numpy().tobytes() for t in tokens])
+    if 'text' in encoder.dims:
+        windows = text_windows(json.loads(clip.segments), encoder.tokenizer, encoder.context_length, overlap)
+        tokens = encoder.tokenizer([w['text'] for w in windows]) if windows else []
+        yield _ray_rows(clip.clip_id, 'text', 0, [w['start'] for w in windows], [t.numpy().tobytes() for t in tokens])
+    if 'image' not in encoder.dims: return
     seen = 0
     for images, times in read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end):
         yield _ray_rows(clip.clip_id, 'image', seen, times, [x.numpy().tobytes() for x in images])
@@ -316,7 +319,7 @@ class _RayEncoder:
         return json.dumps([vectors.tolist(), times]).encode()
 
 # %% ../nbs/19_batching.ipynb #6dbd0920
-def _gathered(batches, dim, audio):
+def _gathered(batches, dims, audio):
     "Rows of clips from their inputs, which come in any order."
     parts, ends = {}, {}
     for batch in batches:
@@ -325,16 +328,16 @@ def _gathered(batches, dim, audio):
             else: ends[r.clip_id] = r
             end = ends.get(r.clip_id)
             if end is not None and len(parts.get(r.clip_id, ())) == end.at:
-                yield _joined(parts.pop(r.clip_id, {}), ends.pop(r.clip_id), dim, audio)
+                yield _joined(parts.pop(r.clip_id, {}), ends.pop(r.clip_id), dims, audio)
 
 # %% ../nbs/19_batching.ipynb #eb7a53b7
-def _joined(parts, end, dim, audio):
+def _joined(parts, end, dims, audio):
     "The row of a clip, all of whose inputs are back."
     if end.error: return dict(clip_id=end.clip_id, error=end.error)
     row = dict(clip_id=end.clip_id, error='')
-    for m in ('image', 'text'):
+    for m in dims:
         pairs = [parts[key] for key in sorted(parts) if key[0] == m]
-        row |= {m: np.array([v for _, v in pairs], np.float32).reshape(-1, dim), f'{m}_times': [t for t, _ in pairs]}
+        row |= {m: np.array([v for _, v in pairs], np.float32).reshape(-1, dims[m]), f'{m}_times': [t for t, _ in pairs]}
     if audio: row |= dict(zip(('audio', 'audio_times'), json.loads(end.vector)))
     return row
 
@@ -360,7 +363,7 @@ def ray_items(
     encoding = (*_whereabouts(encoder), encoder.device, encoder.precision, settings.batch_size, audio, encoder.weights_sha256)
     done = inputs.map_batches(
         _RayEncoder, fn_constructor_args=encoding, batch_size=settings.batch_size, batch_format='pandas', **actors)
-    yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dim, bool(audio))
+    yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dims, bool(audio))
 
 # %% ../nbs/19_batching.ipynb #63592a1a
 def _ray_tables(clips, segments):
@@ -377,8 +380,12 @@ def _without_model(encoder):
     return Encoder(**dict(vars(encoder), model=None))
 
 # %% ../nbs/19_batching.ipynb #bd318029
+def _resolved(name): return str(Path(name).resolve()) if name and (Path(name)/'config.json').is_file() else name
+
+
 def _whereabouts(encoder):
     "Name and weights of an encoder for processes that work in other folders."
-    folder, file = Path(encoder.name), Path(encoder.pretrained)
-    name = str(folder.resolve()) if (folder/'config.json').is_file() else encoder.name
+    file, name = Path(encoder.pretrained), _resolved(encoder.name)
+    image, plus, text = encoder.name.partition('+')
+    if plus and name == encoder.name: name = f'{image}+{_resolved(text)}'
     return name, str(file.resolve()) if file.is_file() else encoder.pretrained

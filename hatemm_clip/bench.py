@@ -297,8 +297,7 @@ def _batched(clips, encoder, workers, folder, decoded=None):
         return [(preprocess_frames(frames, encoder.preprocess), np.arange(len(frames)))]
     segments = {c.clip_id: c.segments for c in clips.itertuples()}
     rows = list(embed_items(clips, segments, encoder, workers=workers, read=read_decoded if decoded else None))
-    dims = dict(image=encoder.dim, text=encoder.dim)
-    store = open_store(folder/f'{time.monotonic_ns()}.lance', dims, encoder.provenance())
+    store = open_store(folder/f'{time.monotonic_ns()}.lance', encoder.dims, encoder.provenance())
     store.add(pack_rows(rows, store.table.schema))
 
 # %% ../nbs/93_bench.ipynb #3b4db790

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'BENCHES', 'main', 'demo', 'fetch', 'init', 'check', 'probe',
-           'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'bench']
+           'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'encoders', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
 import json
@@ -363,6 +363,15 @@ def score(
     failed = [r for r in rows if r['error']]
     for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
+
+# %% ../nbs/97_cli.ipynb #2b988d54
+@app.command()
+def encoders(json_file: str = JSON):
+    "List encoders, and which of them can be used here."
+    from hatemm_clip.encoders import format_encoders, list_encoders
+    rows = list_encoders()
+    _emit(rows, json_file)
+    if json_file != '-': print(format_encoders(rows))
 
 # %% ../nbs/97_cli.ipynb #a3102eb4
 BENCHES = ('decode', 'asr', 'embed', 'finetune', 'fusion')

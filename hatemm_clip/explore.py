@@ -12,7 +12,7 @@ import torch
 
 from .tiny_clip import encode_prompts
 from .features import Features
-from .encoders import Encoder, encoder_of
+from .encoders import check_aligned, Encoder, encoder_of
 
 # %% ../nbs/22_explore.ipynb #4b8376d2
 def mean_vectors(
@@ -45,6 +45,7 @@ def zero_shot(
 ) -> np.ndarray: # class probabilities, shape (N, C); NaN where the modality is absent
     "Classify clips by their likeness to prompts."
     encoder = encoder or encoder_of(features.provenance)
+    check_aligned(encoder, 'zero-shot')
     classes = encode_prompts(encoder.model, encoder.tokenizer, prompts)
     scale = encoder.model.logit_scale.exp().item()
     scores = scale*torch.from_numpy(mean_vectors(features, modality)) @ classes.T

@@ -197,6 +197,10 @@ class FeatureStore:
     def modalities(self) -> list[str]:
         return [c.removesuffix('_times') for c in self.table.schema.names if c.endswith('_times')]
 
+    @property
+    def dims(self) -> dict[str, int]: # modality → D
+        return {m: self.table.schema.field(m).type.value_type.list_size for m in self.modalities}
+
     def __len__(self): return self.table.count_rows()
 
     def clip_ids(self) -> list[str]: return self.column('clip_id')
@@ -251,13 +255,18 @@ def _database(path):
     import lancedb
     return lancedb.connect(str(path.parent))
 
+# %% ../nbs/16_features.ipynb #e57b11fa
+def _other_widths(there, asked):
+    "Modalities whose vectors have another width; what follows in the line says by which encoder."
+    return ''.join(f'{m} has {there[m]} features there, {d} asked for; ' for m, d in asked.items() if there.get(m, d) != d)
+
 # %% ../nbs/16_features.ipynb #691f4ab0
-def _open_known(path, provenance):
-    "A store that is there; refused where `provenance` is another than its own."
+def _open_known(path, provenance, dims):
+    "A store that is there; refused where it is wider or narrower, or `provenance` is another than its own."
     try: store = FeatureStore(path, _database(path).open_table(path.stem))
     except Exception as e:
         raise InputError(f'{path}: not a readable feature store ({first_line(e, 100)}); delete it and run 20_embed again') from e
-    differs = '' if provenance is None else _differences(store.provenance, provenance)
+    differs = '' if provenance is None else _other_widths(store.dims, dims or {}) + _differences(store.provenance, provenance)
     if not differs: return store
     raise InputError(f'{path}: made in another way ({differs}); features made in different ways do not mix: '
                      'use another folder or delete this one')
@@ -286,7 +295,7 @@ def open_store(
     "Open a feature store, or make one."
     path = Path(path)
     if path.suffix != '.lance': raise InputError(f'{path}: a feature store is a folder that ends in .lance')
-    if is_store(path): return _open_known(path, provenance)
+    if is_store(path): return _open_known(path, provenance, dims)
     if dims is None: raise InputError(f'{path}: no such feature store; run the stage 20_embed first')
     return FeatureStore(path, _database(path).create_table(path.stem, schema=_store_schema(dims, provenance or {})))
 

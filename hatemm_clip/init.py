@@ -88,17 +88,6 @@ def is_online() -> bool:
     except OSError: return False
 
 # %% ../nbs/96_init.ipynb #5c64484b
-def _has_clip(name, pretrained):
-    "Whether the weights of an encoder lie in the cache."
-    import open_clip
-    from huggingface_hub import try_to_load_from_cache
-    found = open_clip.get_pretrained_cfg(name, pretrained)
-    repo, folder = found.get('hf_hub', '').rstrip('/'), Path.home()/'.cache/clip'
-    files = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
-    cached = any(isinstance(try_to_load_from_cache(repo, f), str) for f in files) if repo else False
-    return cached or (folder/Path(found.get('url', '')).name).is_file()
-
-
 def _has_whisper(model):
     from hatemm_clip.speech import find_ct2_model
     try: return bool(find_ct2_model(model, download=False))
@@ -109,9 +98,10 @@ def find_models(
     online: bool | None = None, # weights can be fetched; None: found out
 ) -> dict: # encoder, pretrained, model; parameters of 10_asr and 20_embed
     "Choose an encoder and a recogniser that can be had here."
+    from hatemm_clip.encoders import has_clip
     online = is_online() if online is None else online
     clip, whisper = ('ViT-B-32', 'openai'), 'base'
-    if not (online or _has_clip(*clip)): clip = 'hatemm-tiny', 'demo'
+    if not (online or has_clip(*clip)): clip = 'hatemm-tiny', 'demo'
     if not (online or _has_whisper(whisper)): whisper = 'tiny.en'
     return dict(encoder=clip[0], pretrained=clip[1], model=whisper)
 

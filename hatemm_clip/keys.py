@@ -213,11 +213,16 @@ def data_fingerprint(
     forms = [fingerprint(p) if p.is_dir() else _short_form(p) for p in found]
     return json_hash([[os.path.relpath(p, folder), form] for p, form in zip(found, forms)])
 
+# %% ../nbs/94_keys.ipynb #b5da3630
+def _path_in(value):
+    "The path in a parameter: all of it, or the folder of the text tower in IMAGE+FOLDER."
+    return value if os.path.isabs(value) else value.partition('+')[2]
+
 # %% ../nbs/94_keys.ipynb #989f6177
 def _file_hashes(stage, parameters):
     "Fingerprints of the files that parameters name; 00_data alone reads the data set, and makes that of the demo."
-    paths = {n: parameters[n] for n in FILE_PARAMETERS if os.path.isabs(parameters.get(n, ''))}
-    found = {n: fingerprint(path) for n, path in paths.items() if os.path.exists(path)}
+    paths = {n: _path_in(parameters.get(n, '')) for n in FILE_PARAMETERS}
+    found = {n: fingerprint(path) for n, path in paths.items() if os.path.isabs(path) and os.path.exists(path)}
     dataset = parameters.get('dataset', 'demo')
     if stage != '00_data' or dataset == 'demo': return found
     annotations = parameters.get('annotations', '')

@@ -92,11 +92,15 @@ def _check_recogniser(parameters):
 
 # %% ../nbs/95_pipeline.ipynb #20369259
 def _check_encoder(parameters):
-    "open_clip knows the encoder and its weights, and has them or can fetch them."
+    "The encoder and its weights are known, and are here or can be fetched; towers are loaded on trial."
     name, pretrained = parameters.get('encoder', 'hatemm-tiny'), parameters.get('pretrained', 'demo')
     if (name, pretrained) == ('hatemm-tiny', 'demo') or (Path(name)/'config.json').is_file(): return
     import open_clip
+    from hatemm_clip.encoders import load_encoder, tower_names
     from hatemm_clip.tiny_clip import register_tiny
+    if tower_names(name):
+        load_encoder(name, pretrained, 'cpu')
+        return
     register_tiny()
     one_of(name, open_clip.list_models(), 'encoder')
     if not pretrained or Path(pretrained).is_file(): return

@@ -111,7 +111,8 @@ def _hear(path, asr, encoder, overlap):
     channels = read_channels(path, damage=damage)
     audio = mix_channels(channels)
     said = asr.transcribe([audio])[0]
-    windows = text_windows(said['segments'], encoder.tokenizer, encoder.context_length, overlap)
+    fits = 'text' in encoder.dims
+    windows = text_windows(said['segments'], encoder.tokenizer, encoder.context_length, overlap) if fits else said['segments']
     notes = sound_notes(path, channels) + damage.notes()
     if not windows: notes.append(f"nothing was said: {quiet_reason(audio, probe(path)['has_audio'])}")
     return audio, windows, said['text'], notes
@@ -148,8 +149,9 @@ class Scorer:
         if not info['has_video'] and 'image' in dims:
             raise MediaError(f"{path}: holds no video, only audio; this bundle takes {', '.join(dims)}, so a video is needed")
         audio, windows, transcript, notes = _hear(path, self.asr, self.encoder, self.made.get('overlap', 0))
-        text = encode_texts(self.encoder, [w['text'] for w in windows]).numpy()
-        found['text'] = text, [w['start'] for w in windows]
+        if 'text' in dims:
+            text = encode_texts(self.encoder, [w['text'] for w in windows]).numpy()
+            found['text'] = text, [w['start'] for w in windows]
         if 'image' in dims:
             vectors, times, seen = _see(path, self.encoder, self.made.get('fps', 1.))
             found['image'], notes = (vectors, times), notes + seen

@@ -369,7 +369,10 @@ def _absolute(name, value, folder):
     if name.endswith('_dir'): return str(Path(value).expanduser().resolve())
     if name not in FILE_PARAMETERS or not value: return value
     places = [Path(value).expanduser(), folder/value]
-    return next((str(p.resolve()) for p in places if p.is_file() or p.is_dir() and '/' in value), value)
+    found = next((str(p.resolve()) for p in places if p.is_file() or p.is_dir() and '/' in value), value)
+    image, plus, text = value.partition('+')  # two towers; that of text may be a folder
+    if found != value or name != 'encoder' or not plus: return found
+    return f"{image}+{_absolute('pretrained', text, folder)}"
 
 # %% ../nbs/91_stages.ipynb #87de4132
 def absolute_paths(

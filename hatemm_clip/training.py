@@ -29,7 +29,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 
 from .base import InputError, read_json, remove, write_atomic, write_json
-from .encoders import Encoder, faster_precision, load_encoder, pick_device
+from .encoders import check_aligned, Encoder, faster_precision, load_encoder, pick_device
 from .tuning import (
     class_weights, clip_batch_loss, ClipClassifier, ClipData, ClipHead, FinetuneConfig, lr_factor, make_batch,
     make_optimizer, pick_rows, plan_epoch, set_trainable, trainable_parameters)
@@ -134,7 +134,10 @@ def load_base(
 ) -> Encoder: # on the CPU
     "Load the encoder to start from."
     torch.manual_seed(config.seed)
-    return load_encoder(config.encoder, config.pretrained, 'cpu')
+    encoder = load_encoder(config.encoder, config.pretrained, 'cpu')
+    if config.contrastive: check_aligned(encoder, 'the contrastive loss')
+    if len(encoder.dims) == 2: return encoder
+    raise InputError(f"encoder '{config.encoder}' is one tower; fine-tuning takes two, such as lite0+minilm")
 
 # %% ../nbs/28_training.ipynb #eacf7f9d
 def open_session(
@@ -152,7 +155,7 @@ def open_session(
     device = str(accelerator.device) if accelerator.num_processes > 1 else pick_device(device)
     if device.startswith('cuda'): torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(config.seed)
-    head = ClipHead(encoder.dim, len(data.label_names), config.hidden, config.dropout)
+    head = ClipHead(encoder.dims, len(data.label_names), config.hidden, config.dropout)
     model, dtype = ClipClassifier(encoder, head).to(device).eval(), _activations(config.precision, device)
     session = Session(model, config, data, *rows, encoder.tokenizer, accelerator, device, dtype, workers)
     _standardise(session)
@@ -180,7 +183,7 @@ def _backward(session, batch):
     "Loss of a micro-batch, after its backward pass."
     s = session
     with s.autocast(): logits, pooled = s.wrapped(batch)
-    scale = s.model.clip.logit_scale.exp()
+    scale = s.model.clip.logit_scale.exp() if s.config.contrastive else None
     loss = clip_batch_loss(logits.float(), pooled, batch, s.config.contrastive, scale)
     s.scaler.scale(loss*s.accelerator.num_processes).backward()  # accelerate takes the mean over the processes
     return loss.detach()
@@ -405,7 +408,7 @@ def _about(session, encoder):
     sizes = {n: p.numel() for n, p in s.model.clip.named_parameters()}
     return dict(
         format=1, version=__version__, encoder=encoder.name, pretrained=encoder.pretrained, mode=s.config.mode,
-        base_sha256=encoder.weights_sha256, preprocess=encoder.preprocess, dim=encoder.dim,
+        base_sha256=encoder.weights_sha256, preprocess=encoder.preprocess, dims=encoder.dims,
         label_names=s.data.label_names,
         parameters={tower: sum(sizes[n] for n in found) for tower, found in names.items()},
         untrained=[tower for tower in names if tower not in s.towers], config=dataclasses.asdict(s.config))

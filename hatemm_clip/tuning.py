@@ -30,7 +30,7 @@ from .encoders import Encoder, PRECISIONS, preprocess_frames, text_windows
 
 # %% ../nbs/26_tuning.ipynb #45618c67
 MODES = ('head', 'projection', 'lora', 'full')
-LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks for 128 features; for D features 128/D of that
+LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks for 128 features; for D features, of the narrower tower, 128/D of that
 AUGMENTATIONS = ('crop', 'flip', 'color', 'rotate')
 
 
@@ -38,7 +38,7 @@ AUGMENTATIONS = ('crop', 'flip', 'color', 'rotate')
 class FinetuneConfig:
     "What decides the result of a fine-tuning run."
     mode: str = 'lora' # a name in MODES
-    encoder: str = 'hatemm-tiny' # an architecture of open_clip
+    encoder: str = 'hatemm-tiny' # an architecture of open_clip, or two towers, such as lite0+minilm
     pretrained: str = 'demo' # its weights; '' for random ones
     num_frames: int = 4 # frames drawn from a clip in a step, T
     num_windows: int = 4 # windows drawn from its transcript in a step
@@ -96,7 +96,7 @@ _TEXT = ('text.', 'transformer.', 'token_embedding.', 'ln_final.', 'positional_e
 
 
 def tower_of(
-    name: str, # of a parameter or module of an open_clip model
+    name: str, # of a parameter or module of an open_clip model, or of two towers
 ) -> str: # image, text, or '' for what belongs to neither
     "Name the tower that a parameter belongs to."
     if name.startswith('visual.'): return 'image'
@@ -122,6 +122,9 @@ def projection_names(
     return found
 
 # %% ../nbs/26_tuning.ipynb #2787f897
+_POINTWISE = ('conv_pw', 'conv_pwl', 'conv_head')  # of timm: 1 × 1 convolutions, which mix channels as an MLP does
+
+
 def _kind_of(name, module):
     "attention, mlp, or '' for a layer that takes no adapter."
     parts = name.split('.')
@@ -129,9 +132,11 @@ def _kind_of(name, module):
         packed = module.embed_dim == module.kdim == module.vdim  # query, key and value in one matrix
         return 'attention' if packed else ''
     packed_out = parts[-1] == 'out_proj' and 'resblocks' in parts  # belongs to its nn.MultiheadAttention
+    if parts[-1] in _POINTWISE and isinstance(module, nn.Conv2d): return 'mlp'
     if not isinstance(module, nn.Linear) or 'attnpool' in parts or packed_out: return ''
     if 'mlp' in parts or parts[-1] in ('fc1', 'fc2'): return 'mlp'
-    return 'attention' if {'attn', 'attention', 'token_mixer', 'self'} & set(parts) else ''
+    if {'attn', 'attention', 'token_mixer', 'self'} & set(parts): return 'attention'
+    return 'mlp' if {'intermediate', 'output'} & set(parts) else ''  # as `transformers` names them
 
 # %% ../nbs/26_tuning.ipynb #eaee6161
 def lora_targets(
@@ -390,13 +395,15 @@ def make_batch(
 # %% ../nbs/26_tuning.ipynb #4e6bddbd
 class ClipHead(nn.Module):
     "Logits of pooled image and text features."
-    def __init__(self, dim, n_classes=2, hidden=128, dropout=.3): # D, C, width, share of hidden units
+    def __init__(self, dims, n_classes=2, hidden=128, dropout=.3): # tower → D, C, width, share of hidden units
         super().__init__()
-        self.absent = nn.ParameterDict({m: nn.Parameter(torch.zeros(dim)) for m in ('image', 'text')})
-        for m in self.absent:
+        self.absent = nn.ParameterDict({m: nn.Parameter(torch.zeros(dims[m])) for m in ('image', 'text')})
+        for m, dim in dims.items():
             self.register_buffer(f'mean_{m}', torch.zeros(dim))
             self.register_buffer(f'std_{m}', torch.full((dim,), dim**-.5))
-        self.hidden, self.dropout = nn.Linear(3*dim, hidden), nn.Dropout(dropout)
+        self.paired = dims['image'] == dims['text']
+        width = sum(dims.values()) + self.paired*dims['image']
+        self.hidden, self.dropout = nn.Linear(width, hidden), nn.Dropout(dropout)
         self.out = nn.Linear(hidden, n_classes)
 
     def standardise(self, units, m): # (B, D), modality
@@ -407,7 +414,8 @@ class ClipHead(nn.Module):
 
     def forward(self, pooled, present): # dicts of (B, D) and bool (B,)
         image, text = (self._input(pooled, present, m) for m in self.absent)
-        return self.out(self.dropout(F.relu(self.hidden(torch.cat([image, text, image*text], dim=1)))))
+        inputs = [image, text] + [image*text]*self.paired
+        return self.out(self.dropout(F.relu(self.hidden(torch.cat(inputs, dim=1)))))
 
 # %% ../nbs/26_tuning.ipynb #0862f4ec
 class ClipClassifier(nn.Module):
@@ -501,7 +509,7 @@ def make_optimizer(
     "AdamW over what trains; vectors do not decay."
     encoder = [p for p in model.clip.parameters() if p.requires_grad]
     matrices, vectors = [p for p in encoder if p.ndim > 1], [p for p in encoder if p.ndim < 2]
-    lr = config.lr or LR[config.mode]*128/len(model.head.absent['image'])
+    lr = config.lr or LR[config.mode]*128/min(map(len, model.head.absent.values()))
     groups = [dict(params=matrices, lr=lr, weight_decay=config.weight_decay),
               dict(params=vectors, lr=lr, weight_decay=0.),
               dict(params=list(model.head.parameters()), lr=config.head_lr, weight_decay=config.weight_decay)]
