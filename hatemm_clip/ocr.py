@@ -86,10 +86,16 @@ def _line(corners, text, confidence, height, width):
     ends = np.concatenate([corners.min(0), corners.max(0)])/(width, height, width, height)
     return dict(text=text, confidence=round(confidence, 4), box=[round(float(v), 4) for v in ends])
 
-# %% ../nbs/12_ocr.ipynb #6c08ce13
-def _is_line(text):
-    "Whether a text is more than a mark that looks like a letter."
-    return sum(map(str.isalnum, text)) > 1 or any(c.isalpha() and c > '\u2e7f' for c in text)
+# %% ../nbs/12_ocr.ipynb #ee13e511
+_ROOM = 1.5  # heights of a box that a letter may fill; it is half of one as a rule
+
+
+def _is_line(text, corners):
+    "Whether a text is more than a mark that looks like a letter, and fills its box."
+    width, height = np.ptp(corners, axis=0)
+    letters = sum(map(str.isalnum, text))
+    is_word = letters > 1 or any(c.isalpha() and c > '\u2e7f' for c in text)
+    return is_word and bool(width <= _ROOM*height*letters)
 
 
 def _is_wide(corners):
@@ -139,9 +145,9 @@ class Ocr:
         flags = ['scaled_down']*(shown.shape != picture.shape)
         if min(shown.shape[:2]) < _LEAST: return [], flags
         found = _found(_engine(self.size), np.ascontiguousarray(shown[..., ::-1]))  # it wants BGR
-        sure = [f for f in found if f[2] >= self.min_confidence and f[1]]
-        unread = any(_is_wide(f[0]) for f in found if f[2] < self.min_confidence or not f[1])
-        lines = [_line(*f, *shown.shape[:2]) for f in sure if _is_line(f[1])]
+        is_read = [score >= self.min_confidence and _is_line(text, corners) for corners, text, score in found]
+        lines = [_line(*f, *shown.shape[:2]) for f, good in zip(found, is_read) if good]
+        unread = any(_is_wide(corners) for (corners, *_), good in zip(found, is_read) if not good)
         return lines, flags + ['unread']*unread
 
 # %% ../nbs/12_ocr.ipynb #a7d8b8e6
