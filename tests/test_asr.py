@@ -289,7 +289,7 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
     write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
     (tmp_path/'run.py').write_text(RUN)
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
-                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
+                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])))
     assert int(done.stdout.split()[-1]) >= 6
     asr = load_asr(device='cpu', batch_size=1, threads=1)
     transcribe_clips(many, tmp_path/'killed', asr)
