@@ -10,7 +10,7 @@ import json
 import platform
 import queue
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +87,7 @@ class _Row:
 
     def __init__(self, clip_id):
         self.clip_id, self.error, self.missing = clip_id, '', 1  # the clip itself counts until it is decoded
-        self.vectors, self.times, self.audio = {}, dict(image=[], text=[]), {}
+        self.vectors, self.times, self.audio = {}, defaultdict(list), {}
         self.damage = Damage()
 
     def add(self, modality, inputs, times):
@@ -95,25 +95,38 @@ class _Row:
         first = len(self.times[modality])
         self.missing += len(inputs)
         self.times[modality] += [float(t) for t in times]
-        return [(self, first + i, x) for i, x in enumerate(inputs)]
+        return [(self, (modality, first + i), x) for i, x in enumerate(inputs)]
 
-    def result(self, modalities, encoder, dims):
-        "The row by the encoder of that number; `dims` says how wide its vectors are."
+    def result(self, encoder, dims):
+        "The row by the encoder of that number; `dims` has the width of each modality."
         if self.error: return dict(clip_id=self.clip_id, error=self.error)
         result = dict(clip_id=self.clip_id, error='', notes=self.damage.notes())
-        for m in modalities:
+        for m, dim in dims.items():
             vectors = [self.vectors[m, i][encoder] for i in range(len(self.times[m]))]
-            result |= {m: np.array(vectors, np.float32).reshape(-1, dims[m]), f'{m}_times': self.times[m]}
+            result |= {m: np.array(vectors, np.float32).reshape(-1, dim), f'{m}_times': self.times[m]}
         return result | self.audio
+
+# %% ../nbs/19_batching.ipynb #8bd9068f
+def _tower(modality): return 'image' if modality == 'image' else 'text'
+
+
+def _texts(segments, ocr):
+    "Texts by modality, those that there are: modality → clip_id → segments."
+    return {m: texts for m, texts in dict(text=segments, ocr=ocr).items() if texts is not None}
+
+
+def _row_dims(encoder, texts):
+    "Modality → D of a row, for the towers that an encoder has."
+    return {m: encoder.dims[_tower(m)] for m in ('image', *texts) if _tower(m) in encoder.dims}
 
 # %% ../nbs/19_batching.ipynb #71af786d
 class _Job:
     "Clips that threads embed together."
 
-    def __init__(self, batches, encoders, segments, overlap, read, encode_audio):
-        self.batches, self.encoders, self.segments, self.overlap = batches, encoders, segments, overlap
+    def __init__(self, batches, encoders, texts, overlap, read, encode_audio):
+        self.batches, self.encoders, self.texts, self.overlap = batches, encoders, texts, overlap
         self.read, self.encode_audio = read, encode_audio
-        self.modalities = [m for m in encoders[0].dims if m == 'image' or segments is not None]
+        self.dims = [_row_dims(e, texts) for e in encoders]
         self.lock, self.done = threading.Lock(), queue.Queue(4*batches.size)
 
     def work(self):
@@ -128,8 +141,8 @@ class _Job:
     def _decode(self, clip):
         row = _Row(clip.clip_id)
         try:
-            if 'text' in self.modalities: self._add(row, 'text', *self._tokens(self.segments.get(clip.clip_id, [])))
-            for images, times in self.read(clip, row.damage) if 'image' in self.modalities else ():
+            for m in [m for m in self.dims[0] if m != 'image']: self._add(row, m, *self._tokens(self.texts[m].get(clip.clip_id, [])))
+            for images, times in self.read(clip, row.damage) if 'image' in self.dims[0] else ():
                 if self.batches.stopped: return
                 self._add(row, 'image', images, times)
             if self.encode_audio:
@@ -146,14 +159,14 @@ class _Job:
 
     def _add(self, row, modality, inputs, times):
         with self.lock: numbered = row.add(modality, inputs, times)
-        self.batches.add(modality, numbered)
+        self.batches.add(_tower(modality), numbered)
         while batch := self.batches.take(): self._forward(*batch)
 
-    def _forward(self, modality, batch):
-        encode = encode_frames if modality == 'image' else encode_tokens
+    def _forward(self, tower, batch):
+        encode = encode_frames if tower == 'image' else encode_tokens
         inputs = fill_batch([x for _, _, x in batch], self.batches.size)
         vectors = [encode(encoder, inputs).numpy() for encoder in self.encoders]
-        for i, (row, at, _) in enumerate(batch): row.vectors[modality, at] = [v[i] for v in vectors]
+        for i, (row, place, _) in enumerate(batch): row.vectors[place] = [v[i] for v in vectors]
         for row, inputs in Counter(row for row, *_ in batch).items(): self._finish(row, inputs)
 
     def _finish(self, row, inputs):
@@ -161,7 +174,7 @@ class _Job:
         with self.lock:
             row.missing -= inputs
             whole = not row.missing
-        if whole: self._hand_over([row.result(self.modalities, i, e.dims) for i, e in enumerate(self.encoders)])
+        if whole: self._hand_over([row.result(i, dims) for i, dims in enumerate(self.dims)])
 
     def _hand_over(self, item):
         while not self.batches.stopped:
@@ -187,13 +200,14 @@ def embed_with_each(
     encoders: list[Encoder], # that take the same frames and tokens
     read=None, # function: clip, Damage → chunks of preprocessed frames and their times; None: decode the file
     encode_audio=None, # of an AudioEncoder; None: no audio
+    ocr: dict[str, list[dict]] | None = None, # words in the picture, like `segments`; None: no such modality
     **settings, # of EmbedSettings
 ): # yields lists of rows, one an encoder, in the order in which clips are done
     "Embed clips on several threads, by several encoders."
     settings, first = EmbedSettings(**settings), encoders[0]
     read = read or partial(_read_clip, preprocess=first.preprocess, fps=settings.fps)
     batches = _Batches(clips, settings.batch_size)
-    job = _Job(batches, encoders, segments, settings.overlap, read, encode_audio)
+    job = _Job(batches, encoders, _texts(segments, ocr), settings.overlap, read, encode_audio)
     with _one_core(first.device):
         threads = [threading.Thread(target=job.work, daemon=True) for _ in range(max(1, settings.workers))]
         for thread in threads: thread.start()
@@ -260,13 +274,21 @@ def _ray_rows(clip_id, modality, first, times, inputs, error=''):
     return dict(clip_id=[clip_id]*n, modality=[modality]*n, at=list(range(first, first + n)), time=[float(t) for t in times],
                 data=inputs, error=[error]*n)
 
+# %% ../nbs/19_batching.ipynb #63592a1a
+def _ray_tables(clips, texts):
+    "Clips with their texts, eight a table, as other processes find them."
+    plain = lambda c: json.dumps({m: of_clip.get(c, []) for m, of_clip in texts.items()}, default=float)
+    table = clips[['clip_id', 'path', 'start', 'end']].assign(
+        path=[str(Path(p).resolve()) for p in clips.path], texts=[plain(c) for c in clips.clip_id])
+    return [table[i:i+8] for i in range(0, len(table), 8)]
+
 # %% ../nbs/19_batching.ipynb #544c86e7
 def _ray_chunks(clip, encoder, fps, overlap):
     "The inputs of a clip, a chunk at a time."
-    if 'text' in encoder.dims:
-        windows = text_windows(json.loads(clip.segments), encoder.tokenizer, encoder.context_length, overlap)
+    for m, segments in json.loads(clip.texts).items() if 'text' in encoder.dims else ():
+        windows = text_windows(segments, encoder.tokenizer, encoder.context_length, overlap)
         tokens = encoder.tokenizer([w['text'] for w in windows]) if windows else []
-        yield _ray_rows(clip.clip_id, 'text', 0, [w['start'] for w in windows], [t.numpy().tobytes() for t in tokens])
+        yield _ray_rows(clip.clip_id, m, 0, [w['start'] for w in windows], [t.numpy().tobytes() for t in tokens])
     if 'image' not in encoder.dims: return
     seen = 0
     for images, times in read_inputs(clip.path, encoder.preprocess, fps, clip.start, clip.end):
@@ -300,17 +322,18 @@ class _RayEncoder:
     def __call__(self, batch):
         rows = pd.DataFrame({k: list(v) for k, v in batch.items()})
         results = [b'']*len(rows)
-        for modality, encode in (('image', encode_frames), ('text', encode_tokens)):
-            at = np.flatnonzero(rows.modality == modality)
+        towers = np.array([_tower(m) if m else '' for m in rows.modality])
+        for tower, encode in (('image', encode_frames), ('text', encode_tokens)):
+            at = np.flatnonzero(towers == tower)
             if not len(at): continue
-            inputs = fill_batch([self._tensor(modality, rows.data[i]) for i in at], self.size)
+            inputs = fill_batch([self._tensor(tower, rows.data[i]) for i in at], self.size)
             for i, vector in zip(at, encode(self.encoder, inputs).numpy()): results[i] = vector.tobytes()
         for i in np.flatnonzero((rows.modality == '') & (rows.error == '')):
             if self.encode_audio: results[i] = self._sound(rows.data[i])
         return {**{k: rows[k].tolist() for k in ('clip_id', 'modality', 'at', 'time', 'error')}, 'vector': results}
 
-    def _tensor(self, modality, data):
-        if modality == 'text': return torch.frombuffer(bytearray(data), dtype=torch.int64)
+    def _tensor(self, tower, data):
+        if tower == 'text': return torch.frombuffer(bytearray(data), dtype=torch.int64)
         size = self.encoder.preprocess['size']
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(3, size, size)
 
@@ -347,6 +370,7 @@ def ray_items(
     segments: dict[str, list[dict]], # transcript by clip_id
     encoder: Encoder,
     audio: str = '', # one of AUDIO
+    ocr: dict[str, list[dict]] | None = None, # words in the picture by clip_id; None: no such modality
     **settings, # of EmbedSettings
 ): # yields the rows of `embed_items`
     "Embed clips with Ray Data."
@@ -358,20 +382,13 @@ def ray_items(
     data = start_ray()
     tasks, actors = ray_shares(settings.workers, encoder.device.startswith('cuda'))
     reading = (_without_model(encoder), settings.fps, settings.overlap, audio)
-    inputs = data.from_pandas(_ray_tables(clips, segments)).map_batches(
+    inputs = data.from_pandas(_ray_tables(clips, _texts(segments, ocr))).map_batches(
         _ray_inputs, fn_args=reading, batch_size=1, batch_format='pandas', **tasks)
     encoding = (*_whereabouts(encoder), encoder.device, encoder.precision, settings.batch_size, audio, encoder.weights_sha256)
     done = inputs.map_batches(
         _RayEncoder, fn_constructor_args=encoding, batch_size=settings.batch_size, batch_format='pandas', **actors)
-    yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), encoder.dims, bool(audio))
-
-# %% ../nbs/19_batching.ipynb #63592a1a
-def _ray_tables(clips, segments):
-    "Clips with their transcripts, eight a table, as other processes find them."
-    table = clips[['clip_id', 'path', 'start', 'end']].assign(
-        path=[str(Path(p).resolve()) for p in clips.path],
-        segments=[json.dumps(segments.get(c, []), default=float) for c in clips.clip_id])
-    return [table[i:i+8] for i in range(0, len(table), 8)]
+    dims = _row_dims(encoder, _texts(segments, ocr))
+    yield from _gathered(done.iter_batches(batch_size=None, batch_format='pandas'), dims, bool(audio))
 
 # %% ../nbs/19_batching.ipynb #46db8183
 def _without_model(encoder):

@@ -17,7 +17,8 @@ import pandas as pd
 from .base import check_failures, InputError, progress, read_table, Run, store_lock, write_text
 from .demo import demo_clips
 from .engines import ENGINES
-from .asr import input_hash, transcribe_clips
+from .asr import transcribe_clips
+from .rows import input_hash
 from .features import FeatureStore, is_store, open_store, pack_rows, store_precision
 from .encoders import Encoder, load_audio_encoder, load_encoder, with_precision
 from .batching import embed_with_each, EmbedSettings, ray_items
@@ -41,18 +42,27 @@ def _asr_of(transcripts):
     recorded = {k: params[k] for k in ('source', 'weights_sha256', 'beam_size', 'language', 'vad_threshold') if k in params}
     return dict(backend=named.backend.iloc[0], model=named.model.iloc[0], **recorded)
 
+# %% ../nbs/20_embed.ipynb #5ab7520a
+def _ocr_of(words):
+    "What `ocr.ocr_of` needs to load the reader of some words in pictures, and how often it looked."
+    return dict(words.attrs.get('params', {}))
+
+
+def _segments_of(table): return None if table is None else {row.clip_id: list(row.segments) for row in table.itertuples()}
+
 # %% ../nbs/20_embed.ipynb #5cc1c138
-def _open_for(path, encoder, audio, settings, transcripts):
+def _open_for(path, encoder, audio, settings, transcripts, ocr):
     "The store of an encoder, made if it is not there."
     dims = encoder.dims | (dict(audio=audio.dim) if audio.encode else {})
     made = dict(fps=settings.fps, overlap=settings.overlap, asr=_asr_of(transcripts))
+    if ocr is not None and 'text' in encoder.dims: dims, made = dims | dict(ocr=encoder.dims['text']), made | dict(ocr=_ocr_of(ocr))
     return open_store(path, dims, dict(encoder.provenance(), **audio.provenance, **made))
 
 # %% ../nbs/20_embed.ipynb #37699d72
-def _input_hashes(clips, segments):
-    "What each clip's row is made from, hashed: clip_id → hash."
+def _input_hashes(clips, *texts):
+    "What each clip's row is made from, hashed: clip_id → hash; `texts`: clip_id → segments."
     def plain(words): return None if words is None else [[float(s['start']), float(s['end']), s['text']] for s in words]
-    return {clip.clip_id: input_hash(clip, plain(segments.get(clip.clip_id))) for clip in clips.itertuples()}
+    return {c.clip_id: input_hash(c, *(plain(t.get(c.clip_id)) for t in texts if t is not None)) for c in clips.itertuples()}
 
 # %% ../nbs/20_embed.ipynb #5df29742
 def _outdated(store, hashes):
@@ -94,9 +104,9 @@ def _at_precision(encoder, path, precision):
     return with_precision(encoder, (store_precision(path) or 'auto') if precision == 'auto' else precision)
 
 # %% ../nbs/20_embed.ipynb #1040ec3b
-def _rows(clips, segments, encoders, audio, settings):
+def _rows(clips, segments, ocr, encoders, audio, settings):
     "Rows of clips as they are done, a list with one an encoder."
-    options = {k: getattr(settings, k) for k in ('fps', 'overlap', 'batch_size', 'workers')}
+    options = {k: getattr(settings, k) for k in ('fps', 'overlap', 'batch_size', 'workers')} | dict(ocr=ocr)
     if settings.engine == 'local':
         return embed_with_each(clips, segments, encoders, encode_audio=audio.encode, **options)
     return ([row] for row in ray_items(clips, segments, encoders[0], settings.audio, **options))
@@ -125,19 +135,20 @@ def embed_stores(
     clips: pd.DataFrame, # clip_id, path, start, end
     transcripts: pd.DataFrame, # clip_id, segments
     encoders: dict, # store, a path NAME.lance → its Encoder; all of one make
+    ocr: pd.DataFrame | None = None, # words in the pictures: clip_id, segments; None: no such modality
     **settings, # of StoreSettings
 ) -> list[FeatureStore]: # in the order of `encoders`
     "Embed all clips that a store does not hold yet, or holds by another file or transcript."
     began, settings = time.perf_counter(), StoreSettings(**settings)
     _check_encoders(list(encoders.values()), settings.engine)
-    segments = {t.clip_id: list(t.segments) for t in transcripts.itertuples()}
-    hashes, audio = _input_hashes(clips, segments), load_audio_encoder(settings.audio)
+    segments, words = _segments_of(transcripts), _segments_of(ocr)
+    hashes, audio = _input_hashes(clips, segments, words), load_audio_encoder(settings.audio)
     with ExitStack() as locks:
         for path in encoders: locks.enter_context(store_lock(path))
         ready = {path: _at_precision(encoder, path, settings.precision) for path, encoder in encoders.items()}
-        stores = [_open_for(path, encoder, audio, settings, transcripts) for path, encoder in ready.items()]
+        stores = [_open_for(path, encoder, audio, settings, transcripts, ocr) for path, encoder in ready.items()]
         todo = set.union(*(_outdated(store, hashes) for store in stores))
-        rows = _rows(clips[clips.clip_id.isin(todo)], segments, list(ready.values()), audio, settings)
+        rows = _rows(clips[clips.clip_id.isin(todo)], segments, words, list(ready.values()), audio, settings)
         rows = progress(rows, total=len(todo), desc='embed', unit='clip')
         notes = _commit(stores, rows, hashes, settings.commit_every, todo)
     _write_failures(clips, stores)
@@ -151,13 +162,16 @@ def embed_clips(
     transcripts: pd.DataFrame, # clip_id, segments
     store_path: str | Path, # NAME.lance
     encoder: Encoder,
+    ocr: pd.DataFrame | None = None, # words in the pictures: clip_id, segments; None: no such modality
     **settings, # of StoreSettings
 ) -> FeatureStore:
     "Run the stage: fill one store."
-    silent = ~clips.clip_id.isin(transcripts.clip_id)
-    why = silent.map({True: 'no transcript; run 10_asr again, or raise max_failed', False: ''})
-    if len(transcripts): check_failures(why, '20_embed', StoreSettings(**settings).max_failed)
-    return embed_stores(clips, transcripts, {store_path: encoder}, **settings)[0]
+    made = {'transcript; run 10_asr': transcripts, 'row of words in its pictures; run 12_ocr': ocr}
+    for what, table in made.items():
+        if table is None or not len(table): continue
+        why = clips.clip_id.isin(table.clip_id).map({True: '', False: f'no {what} again, or raise max_failed'})
+        check_failures(why, '20_embed', StoreSettings(**settings).max_failed)
+    return embed_stores(clips, transcripts, {store_path: encoder}, ocr, **settings)[0]
 
 # %% ../nbs/20_embed.ipynb #b4f1298f
 def demo_run(

@@ -70,7 +70,9 @@ def embed_folds(
     if not encoders: raise InputError(f"{run.finetune/name}: no finished fine-tuning there; run the stage 30_finetune")
     stores = {_store_of(run, name, which): encoder for which, encoder in encoders.items()}
     settings = dict(fps=fps, overlap=overlap, workers=workers, precision='float32')
-    return dict(zip(encoders, embed_stores(read_table(run.clips), read_table(run.transcripts), stores, **settings)))
+    clips, transcripts = read_table(run.clips), read_table(run.transcripts)
+    ocr = read_table(run.ocr) if run.ocr.exists() else None
+    return dict(zip(encoders, embed_stores(clips, transcripts, stores, ocr, **settings)))
 
 # %% ../nbs/30_finetune.ipynb #b25c6d79
 def read_folds(

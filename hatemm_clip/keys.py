@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .stages import FILE_PARAMETERS, names, PACKAGE, package_dir, parse, plain_code, stage_cells
+from .stages import FILE_PARAMETERS, names, NEEDS, PACKAGE, package_dir, parse, plain_code, stage_cells
 
 # %% ../nbs/94_keys.ipynb #6d57acf3
 AT_IMPORT, ALL = '(at import)', '*'
@@ -270,7 +270,7 @@ def explain(
     return f'parameter {min(gone)} is gone' if gone else ''
 
 # %% ../nbs/94_keys.ipynb #c56fd92c
-KEEP_ROWS = ('10_asr', '20_embed')  # stages that know, row by row, what is made from the same inputs
+KEEP_ROWS = ('10_asr', '12_ocr', '20_embed')  # stages that know, row by row, what is made from the same inputs
 NO_ROW = ('run_dir', 'data_dir', 'workers', 'engine', 'max_failed', 'subtitles', 'jsonl')  # parameters that shape no row
 
 
@@ -280,6 +280,6 @@ def row_key(
 ) -> str | None: # None where a stage's result is made anew as a whole
     "Hash what the rows of a stage depend on besides their inputs, and the rows before them."
     if stage not in KEEP_ROWS: return None
-    parts = [depend.get(s, {}) for s in KEEP_ROWS if s <= stage]
+    parts = [depend.get(s, {}) for s in KEEP_ROWS if s == stage or s in NEEDS[stage]]
     given = [{n: v for n, v in p.get('parameters', {}).items() if n not in NO_ROW} for p in parts]
     return json_hash([[values, p.get('code')] for values, p in zip(given, parts)])

@@ -48,6 +48,19 @@ def _check_folds(asked, fold, params):
         refuse(f"{asked}, and the bundle needs one more encoder; "
                "give 30_finetune fold 'all,single', or 40_fusion bundle false")
 
+# %% ../nbs/95_pipeline.ipynb #d96dd5dd
+def _check_words(params, out):
+    "40_fusion asks for the words in pictures: have they been read, or will they be?"
+    asked = params['40_fusion'].get('modalities', '')
+    if 'ocr' not in asked.split('+') or '12_ocr' in params or (out/'ocr.parquet').exists(): return
+    refuse(f"modalities is '{asked}', and 12_ocr, which reads the words in pictures, is left out; add it to stages")
+
+# %% ../nbs/95_pipeline.ipynb #8b5fe348
+def _check_reader():
+    "The reader of words and its models are installed."
+    from hatemm_clip.ocr import find_ocr_models
+    find_ocr_models()
+
 # %% ../nbs/95_pipeline.ipynb #85587272
 def _check_data(parameters):
     "The annotations can be read, and have the split that is asked for."
@@ -118,10 +131,13 @@ def check_run(
     weights: bool = True, # look for weights, too, and fetch them
 ):
     "Refuse a run that could not end well."
-    if '40_fusion' in params: _check_finetuned(params, out)
+    if '40_fusion' in params:
+        _check_finetuned(params, out)
+        _check_words(params, out)
     if '00_data' in todo: _check_data(params['00_data'])
     if not weights: return
     if '10_asr' in todo: _check_recogniser(params['10_asr'])
+    if '12_ocr' in todo: _check_reader()
     for stage in {'20_embed', '30_finetune'} & set(todo): _check_encoder(params[stage])
 
 # %% ../nbs/95_pipeline.ipynb #40fcb398
@@ -425,7 +441,7 @@ def _do_stage(stage, batch, log):
     return _run_stage(stage, folder, record, batch, log)
 
 # %% ../nbs/95_pipeline.ipynb #ab3f574e
-_RECORDED = ('hatemm_clip', 'torch', 'open_clip_torch', 'faster-whisper', 'openai-whisper', 'lancedb',
+_RECORDED = ('hatemm_clip', 'torch', 'open_clip_torch', 'faster-whisper', 'openai-whisper', 'rapidocr', 'lancedb',
              'scikit-learn', 'numpy')
 
 

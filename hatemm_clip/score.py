@@ -16,6 +16,7 @@ from .base import InputError, progress
 from .media import Damage, MediaError, probe
 from .sound import mix_channels, quiet_reason, read_channels, sound_notes
 from .speech import asr_of
+from .ocr import OCR_FLAGS, ocr_of, read_words
 from .features import Features
 from .encoders import encode_texts, encoder_of, load_audio_encoder, text_windows
 from .batching import embed_items
@@ -23,7 +24,7 @@ from .experts import LEXICAL
 from .classifier import explain, load_bundle
 
 # %% ../nbs/88_score.ipynb #fb49aaa6
-SCORABLE = ('image', 'text', 'audio', LEXICAL)  # modalities that can be made from a file
+SCORABLE = ('image', 'text', 'audio', 'ocr', LEXICAL)  # modalities that can be made from a file
 
 # %% ../nbs/88_score.ipynb #3ca3bcef
 def _one_clip(found, words):
@@ -45,7 +46,7 @@ def _check_bundle(bundle, model):
     if strange:
         raise InputError(f"{bundle}: was trained on {', '.join(strange)}; a file can be scored by {', '.join(SCORABLE)}, "
                          'so train one on these')
-    needed = ['encoder', 'pretrained', 'weights_sha256', 'asr'] + ['audio']*('audio' in model.dims_)
+    needed = ['encoder', 'pretrained', 'weights_sha256', 'asr', *(m for m in ('audio', 'ocr') if m in model.dims_)]
     lacking = [k for k in needed if not made.get(k)]
     if lacking:
         raise InputError(f"{bundle}: was trained on features of unknown make ({', '.join(lacking)} not recorded), "
@@ -70,38 +71,45 @@ def _sound_encoder_of(bundle, model):
 class Media(NamedTuple):
     "What a scorer takes from a file."
     features: Features # of one clip
-    windows: list[dict] # of its text: start, end (s), text
+    windows: list[dict] # of its texts: start, end (s), text, kind: `text` is spoken, `ocr` stands in the picture
     transcript: str
     notes: list[str] # what is odd about the file, as sentences
+    ocr: str = '' # what stands in the picture; '' for a bundle that does not take it
 
 # %% ../nbs/88_score.ipynb #fa671577
 def empty_score(
     scorer, # a Scorer
     path: str | Path, # a file
-) -> dict: # file, label, prob, prob_of, probabilities, threshold, transcript, windows, frames, modalities, notes, bundle, demo, error
+) -> dict: # file, label, prob, prob_of, probabilities, threshold, transcript, ocr, windows, frames, modalities, notes, bundle, demo, error
     "The row of a file that was not scored."
     names, model = scorer.model.label_names_, scorer.model
     two = len(names) == 2
     return dict(file=str(path), label=None, prob=None, prob_of=names[1] if two else None, probabilities={},
-                threshold=float(model.threshold_) if two else None, transcript='', windows=[], frames=[], modalities={},
-                notes=[], bundle=scorer.bundle, demo=bool(model.bundle_['demo']), error=None)
+                threshold=float(model.threshold_) if two else None, transcript='', ocr='', windows=[], frames=[],
+                modalities={}, notes=[], bundle=scorer.bundle, demo=bool(model.bundle_['demo']), error=None)
+
+# %% ../nbs/88_score.ipynb #1bab928b
+def _weigh(windows, effect):
+    "Windows with what each adds; one of a modality that the bundle does not take adds nothing."
+    weights = {kind: iter(effect(kind)) for kind in ('text', 'ocr')}
+    return [dict(w, contribution=next(weights[w['kind']], 0.)) for w in windows]
 
 # %% ../nbs/88_score.ipynb #0674968b
 def explain_score(
     model, # a FusionClassifier
     media: Media, # of one file
-) -> dict: # label, prob, prob_of, probabilities, transcript, windows, frames, modalities, notes
+) -> dict: # label, prob, prob_of, probabilities, transcript, ocr, windows, frames, modalities, notes
     "What a bundle says of a file, and why; `contribution` is a change of log-odds."
     clip, names = media.features.only([m for m in model.dims_ if m != LEXICAL]), model.label_names_
     probs, label = model.predict_proba(clip)[0], int(model.predict(clip)[0])
     asked = 1 if len(names) == 2 else label
-    found = explain(model, clip, asked, [w['text'] for w in media.windows])
+    found = explain(model, clip, asked, [w['text'] for w in media.windows if w['kind'] == 'text'])
     effect = lambda m: [round(float(v), 4) for v in found['tokens'].get(m, [])]
     times = clip.times['image'][0] if 'image' in clip.arrays else []
     return dict(
         label=names[label], prob=round(float(probs[asked]), 6), prob_of=names[asked], transcript=media.transcript,
         probabilities={name: round(float(p), 6) for name, p in zip(names, probs)}, notes=media.notes,
-        windows=[dict(w, contribution=c) for w, c in zip(media.windows, effect('text') or [0.]*len(media.windows))],
+        ocr=media.ocr, windows=_weigh(media.windows, effect),
         frames=[dict(time=round(float(t), 3), contribution=c) for t, c in zip(times, effect('image'))],
         modalities={m: round(float(v), 4) for m, v in found['modalities'].items()})
 
@@ -117,6 +125,17 @@ def _hear(path, asr, encoder, overlap):
     notes = sound_notes(path, channels) + damage.notes()
     if not windows: notes.append(f"nothing was said: {quiet_reason(audio, probe(path)['has_audio'])}")
     return audio, windows, said['text'], notes
+
+# %% ../nbs/88_score.ipynb #0f853e5a
+def _read(path, reader, recorded, encoder, overlap):
+    "What stands in the pictures of a file: text windows, the words, and notes."
+    found = read_words(path, reader, recorded.get('fps', .5))
+    windows = text_windows(found['segments'], encoder.tokenizer, encoder.context_length, overlap)
+    notes = [f'words in the picture: {OCR_FLAGS[flag]}' for flag in found['flags']]
+    return windows, found['text'], notes
+
+
+def _of_kind(windows, kind): return [dict(w, kind=kind) for w in windows]
 
 # %% ../nbs/88_score.ipynb #7f358e59
 def _see(path, encoder, fps):
@@ -140,6 +159,7 @@ class Scorer:
         _check_bundle(bundle, self.model)
         self.encoder = _encoder_of_bundle(bundle, self.made, device)
         self.asr, self.sound = asr_of(self.made['asr'], device), _sound_encoder_of(bundle, self.model)
+        self.reader = ocr_of(self.made['ocr']) if 'ocr' in self.model.dims_ else None
 
     def features(
         self,
@@ -149,15 +169,25 @@ class Scorer:
         info, dims, found = probe(path), list(self.model.dims_), {}
         if not info['has_video'] and 'image' in dims:
             raise MediaError(f"{path}: holds no video, only audio; this bundle takes {', '.join(dims)}, so a video is needed")
-        audio, windows, transcript, notes = _hear(path, self.asr, self.encoder, self.made.get('overlap', 0))
-        if 'text' in dims:
-            text = encode_texts(self.encoder, [w['text'] for w in windows]).numpy()
-            found['text'] = text, [w['start'] for w in windows]
+        audio, spoken, transcript, notes = _hear(path, self.asr, self.encoder, self.made.get('overlap', 0))
+        if 'text' in dims: found['text'] = self.encode(spoken)
+        written, words, doubts = self.read(path)
+        if 'ocr' in dims: found['ocr'] = self.encode(written)
         if 'image' in dims:
             vectors, times, seen = _see(path, self.encoder, self.made.get('fps', 1.))
             found['image'], notes = (vectors, times), notes + seen
         if self.sound: found['audio'] = self.sound(audio)
-        return Media(_one_clip(found, ' '.join(w['text'] for w in windows)), windows, transcript, info['notes'] + notes)
+        windows = _of_kind(spoken, 'text') + _of_kind(written, 'ocr')
+        return Media(_one_clip(found, ' '.join(w['text'] for w in spoken)), windows, transcript, info['notes'] + notes + doubts, words)
+
+    def read(self, path):
+        "Text windows of what stands in the pictures, the words, and notes; nothing for a bundle that does not take them."
+        if self.reader is None: return [], '', []
+        return _read(path, self.reader, self.made['ocr'], self.encoder, self.made.get('overlap', 0))
+
+    def encode(self, windows):
+        "Vectors of text windows, and when they begin."
+        return encode_texts(self.encoder, [w['text'] for w in windows]).numpy(), [w['start'] for w in windows]
 
     def score(
         self,
@@ -194,7 +224,8 @@ def _format_row(row, most):
         lines.append('  ' + '  '.join(f'{name} {p:.3f}' for name, p in row['probabilities'].items()))
     for w in strongest(row['windows']):
         where = f"{w['start']:7.1f} – {w['end']:5.1f} s"
-        lines.append(f"  {where}  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”")
+        shown = ' in the picture'*(w['kind'] == 'ocr')
+        lines.append(f"  {where}  {w['contribution']:+.2f} log-odds  “{_shorten(w['text'])}”{shown}")
     lines += [f"  frame at {f['time']:6.1f} s  {f['contribution']:+.2f} log-odds" for f in strongest(row['frames'])]
     return lines + [f'  note: {note}' for note in row['notes']]
 

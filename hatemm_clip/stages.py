@@ -23,17 +23,19 @@ from pathlib import Path
 STAGES = {  # notebook → its results, of which the first must be there in the end
     '00_data': ['clips.parquet', 'splits.parquet', 'failed_videos.csv', 'odd_videos.csv'],
     '10_asr': ['transcripts.parquet', 'failed_transcripts.csv', 'subtitles', 'transcripts.jsonl'],
+    '12_ocr': ['ocr.parquet', 'failed_ocr.csv'],
     '20_embed': ['features.lance', 'failed_features.csv'],
     '30_finetune': ['finetune', 'features-*.lance', 'failed_features-*.csv'],
     '40_fusion': ['predictions.parquet', 'bundle'],
     '50_robust': ['robust.json', 'robust.parquet', 'robust_donors.parquet'],
     '60_analysis': ['metrics.json', 'report.html', 'MODEL_CARD.md']}  # and a card in the bundle
-USUAL_STAGES = [stage for stage in STAGES if stage != '30_finetune']
+USUAL_STAGES = [stage for stage in STAGES if stage not in ('12_ocr', '30_finetune')]
 
 # %% ../nbs/91_stages.ipynb #44faa2ed
 _TABLES = ['00_data', '10_asr']
 NEEDS = {  # stage → the stages whose results it reads
-    '00_data': [], '10_asr': ['00_data'], '20_embed': _TABLES, '30_finetune': _TABLES,
+    '00_data': [], '10_asr': ['00_data'], '12_ocr': ['00_data'],
+    '20_embed': [*_TABLES, '12_ocr'], '30_finetune': [*_TABLES, '12_ocr'],
     '40_fusion': [*_TABLES, '20_embed', '30_finetune'], '50_robust': [*_TABLES, '20_embed'],
     '60_analysis': [*_TABLES, '20_embed', '30_finetune', '40_fusion', '50_robust']}
 

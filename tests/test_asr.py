@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 
 from hatemm_clip import asr as module
-from hatemm_clip import speech
+from hatemm_clip import rows, speech
 from hatemm_clip.engines import read_ahead
 from hatemm_clip.speech import Asr, asr_of, compression_ratio, cut_windows, find_ct2_model, find_openai_model, load_asr, missed_speech, padded_seconds, speech_spans, split_segments, window_flags
 from hatemm_clip.wer import _normalizer, word_error_interval, word_error_rate, word_errors
 from hatemm_clip.bench import bench_asr
-from hatemm_clip.asr import make_groups, read_journal, read_transcripts, transcribe_clips, write_srt, write_subtitles, write_vtt
+from hatemm_clip.rows import read_journal
+from hatemm_clip.asr import make_groups, read_transcripts, transcribe_clips, write_srt, write_subtitles, write_vtt
 from hatemm_clip.sound import SR, read_audio
 from hatemm_clip.base import InputError, read_table, store_lock
 from hatemm_clip.data import prepare_data
@@ -233,11 +234,11 @@ def test_a_torn_download_is_not_used(tmp_path, monkeypatch):
 
 WORKER = """
 import sys, time
-from hatemm_clip import asr as module
+from hatemm_clip import asr as module, rows
 from hatemm_clip.base import read_table
-append = module._append
+append = rows._append
 def slowly(*args): append(*args); time.sleep(1)
-module._append = slowly
+rows._append = slowly
 module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], module.load_asr(device='cpu', batch_size=1, threads=1))
 """
 
@@ -263,10 +264,10 @@ def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
 RUN = """
 import sys, time
 import faster_whisper.vad, filelock, pyarrow.parquet, tqdm
-from hatemm_clip import asr as module
+from hatemm_clip import asr as module, rows
 from hatemm_clip.base import read_table
 from killing import kill_runs
-clips, append = read_table(sys.argv[1]), module._append
+clips, append = read_table(sys.argv[1]), rows._append
 
 def slowly(*args):
     time.sleep(.1)
@@ -274,7 +275,7 @@ def slowly(*args):
 
 def run(ready):
     asr = module.load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
-    module._append = slowly
+    rows._append = slowly
     ready()
     module.transcribe_clips(clips, sys.argv[2], asr=asr)
 print(kill_runs(run))
@@ -288,7 +289,7 @@ def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
     write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
     (tmp_path/'run.py').write_text(RUN)
     done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
-                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=str(Path(__file__).parent)))
+                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])))
     assert int(done.stdout.split()[-1]) >= 6
     asr = load_asr(device='cpu', batch_size=1, threads=1)
     transcribe_clips(many, tmp_path/'killed', asr)
@@ -351,7 +352,7 @@ def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_pat
     (tmp_path/'late.mp4').write_bytes(Path(corpus[0].path[0]).read_bytes())
     def dies(*args, **kwargs): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(module, 'write_table', dies)
+        m.setattr(rows, 'write_table', dies)
         with pytest.raises(InputError, match='No space left on device'): transcribe_clips(clips, tmp_path, asr=fast)
     assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 4
 

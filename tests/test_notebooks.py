@@ -11,12 +11,12 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LATER = [stage for stage in STAGES if stage > '40_fusion']  # 30_finetune is beside: nothing here needs it
 
 
-def run_notebook(name, folder, run_dir, data_dir):
+def run_notebook(name, folder, run_dir, data_dir, **more):
     "Execute a notebook on a run."
     notebook = ROOT/'nbs'/f'{name}.ipynb'
     places = dict(run_dir=str(run_dir), data_dir=str(data_dir))
     parameters = {n: v for n, v in places.items() if n in stage_parameters(notebook)}
-    execute(notebook, ROOT/'nbs', folder/notebook.name, **parameters)
+    execute(notebook, ROOT/'nbs', folder/notebook.name, **parameters, **more)
 
 
 def test_fusion_runs_alone_in_a_fresh_clone(demo):
@@ -24,12 +24,13 @@ def test_fusion_runs_alone_in_a_fresh_clone(demo):
     assert run.predictions.exists() and (run.bundle/'model.safetensors').exists()
 
 
-@pytest.mark.parametrize('name, made', [('00_data', 'clips.parquet'), ('10_asr', 'transcripts.parquet'), ('20_embed', 'features.lance')])
+@pytest.mark.parametrize('name, made', [('00_data', 'clips.parquet'), ('10_asr', 'transcripts.parquet'), ('20_embed', 'features.lance'), ('12_ocr', 'ocr.parquet')])
 def test_first_stages(name, made, demo, tmp_path_factory):
     "Each makes its results for a few videos, from what the stage before it made."
     folder = tmp_path_factory.getbasetemp()/'first_stages'
     if not folder.exists(): small_corpus(demo, folder/'data', 24)
-    run_notebook(name, folder, folder/'run', folder/'data')
+    more = dict(fps=.1) if name == '12_ocr' else {}  # a frame a clip
+    run_notebook(name, folder, folder/'run', folder/'data', **more)
     assert (folder/'run'/made).exists()
 
 

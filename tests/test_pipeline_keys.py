@@ -334,6 +334,15 @@ def test_fingerprint_of_large_files(tmp_path):
     assert len({fingerprint(Path(__file__)), fingerprint(Path(__file__).parent), first}) == 3
 
 
+def test_params_of_hatemm_with_words_in_pictures(tmp_path):
+    head, commented = (ROOT/'nbs/params/hatemm.yml').read_text().split('# With the words in the pictures')
+    lines = commented.split('# With fine-tuning')[0].splitlines()[1:]
+    (tmp_path/'p.yml').write_text(head + '\n'.join(line.removeprefix('# ') for line in lines))
+    params = read_params(tmp_path/'p.yml', ROOT/'nbs')
+    assert list(params) == [stage for stage in STAGES if stage != '30_finetune'] and 'batch_size' not in params['12_ocr']
+    assert params['12_ocr']['fps'] == .5 and params['20_embed']['fps'] == 1. and params['40_fusion']['modalities'] == 'image+text+ocr'
+
+
 def test_params_of_hatemm_with_fine_tuning(tmp_path):
     text = (ROOT/'nbs/params/hatemm.yml').read_text()
     usual = read_params(ROOT/'nbs/params/hatemm.yml', ROOT/'nbs', '30_finetune')
@@ -341,7 +350,7 @@ def test_params_of_hatemm_with_fine_tuning(tmp_path):
     head, commented = text.split('# With fine-tuning')
     (tmp_path/'p.yml').write_text(head + '\n'.join(line.removeprefix('# ') for line in commented.splitlines()[1:]))
     tuned = read_params(tmp_path/'p.yml', ROOT/'nbs')
-    assert list(tuned) == list(STAGES) and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['finetuned'] == 'lora'
+    assert list(tuned) == [stage for stage in STAGES if stage != '12_ocr'] and tuned['30_finetune']['batch_size'] == 32 and tuned['40_fusion']['finetuned'] == 'lora'
 
 
 @pytest.fixture
