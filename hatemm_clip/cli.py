@@ -326,7 +326,6 @@ def _copies_of(predictions, features, pairs): # pairs of rows
 def _print_copies(copied, without_copies):
     print(f'\n{copied} test clips have a near copy in the training part of their fold. Without them:')
     _print_scores(without_copies)
-    print('--protocol grouped_5fold deals copies together')
 
 # %% ../nbs/97_cli.ipynb #4614fb77
 @app.command()
@@ -370,6 +369,7 @@ def crossval(
     if json_file == '-': return
     _print_crossval(summary, predictions)
     if copies: _print_copies(**copies)
+    if copies and features: print('--protocol grouped_5fold deals copies together')
     if tests: print(f'\n{tested.astype(float).round(3).to_string()}')
     if out: print(f"\npredictions: {out}\npicture: {Path(out).with_suffix('.png')}")
 

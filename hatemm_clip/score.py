@@ -27,7 +27,7 @@ from .classifier import explain, load_bundle
 SCORABLE = ('image', 'text', 'audio', 'ocr', LEXICAL)  # modalities that can be made from a file
 
 # %% ../nbs/88_score.ipynb #3ca3bcef
-def _one_clip(found, words):
+def _one_clip(found, words=''):
     "Features of a single clip, rounded as in a store; a modality of no vectors is absent."
     arrays, masks, times = {}, {}, {}
     for m, (vectors, starts) in found.items():

@@ -172,3 +172,19 @@ def test_real_transcripts_are_read(shared):
     assert (found.texts != '').sum() == 1068
     assert 10 < copied_clips(found, find_copies(found)).sum() < 150
     assert len(read_texts(shared/'data/hatemm/transcripts_train_validation.csv')) == 859
+
+
+def test_a_run_with_words_scores_a_file(demo, tmp_path):
+    "From the stage to a score: every window of speech has its share, and the words are a modality of their own."
+    from demo import copy_run
+
+    from hatemm_clip.base import read_table
+    from hatemm_clip.fusion import run_fusion
+    from hatemm_clip.score import score_files
+    run = copy_run(demo, tmp_path/'run', 'predictions.parquet', 'bundle')
+    predictions = run_fusion(run.folder, 'Average', 'text+lexical', seeds=1)
+    assert set(predictions.run) == {'Average:lexical+text', 'Average:lexical', 'Average:text'}
+    clips = read_table(run.clips).merge(read_table(run.transcripts)[['clip_id', 'text']], on='clip_id')
+    row = score_files(run.bundle, [clips[clips.text.str.len() > 40].path.iloc[0]])[0]
+    assert row['error'] is None and set(row['modalities']) == {'lexical', 'text'} and row['frames'] == []
+    assert row['windows'] and all(w['contribution'] != 0 for w in row['windows'])
