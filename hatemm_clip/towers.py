@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'EXTRA', 'LITE0', 'LITE0_PIXELS', 'CONTEXT', 'Wheel', 'has_wheel', 'wheel_folder', 'Tower', 'identity_layer',
-           'load_image_tower', 'TextTower', 'load_text_tower', 'Towers']
+           'load_image_tower', 'TextTower', 'SharedTokenizer', 'load_text_tower', 'Towers']
 
 # %% ../nbs/17_towers.ipynb #f89111c7
 import importlib.util
 import json
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -211,6 +212,20 @@ def _load_transformer(folder, pretrained):
             raise InputError(f"{folder}: no text model of `transformers` can be loaded ({first_line(e)}); "
                              "expected config.json, model.safetensors and a tokenizer") from e
 
+# %% ../nbs/17_towers.ipynb #0d9dd412
+class SharedTokenizer:
+    "A tokenizer of `transformers`, in open_clip's wrapper, that threads may share."
+    def __init__(self, tokenizer): # an open_clip HFTokenizer
+        self.tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, texts): # → int (S, L), padded and with start and end
+        with self._lock: return self.tokenizer(texts)
+
+    def encode(self, text): # → list of ints, without start and end
+        with self._lock: return self.tokenizer.tokenizer(text, add_special_tokens=False)['input_ids']
+
+    def __reduce__(self): return type(self), (self.tokenizer,)  # a lock goes to no other process
+
 # %% ../nbs/17_towers.ipynb #39ea768d
 def _load_tokenizer(folder, length):
     "A tokenizer with open_clip's duties; texts shorter than `length` are padded behind."
@@ -219,7 +234,7 @@ def _load_tokenizer(folder, length):
         try: tokenizer = HFTokenizer(str(folder), context_length=length, padding_side='right')
         except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
     tokenizer.tokenizer.model_max_length = 1 << 30  # windows are cut here: no warning about a text to be cut
-    return tokenizer
+    return SharedTokenizer(tokenizer)
 
 # %% ../nbs/17_towers.ipynb #a13aa1fa
 def load_text_tower(
