@@ -339,7 +339,7 @@ def crossval(
         None, metavar='FILE', help='Ids and texts (.json, .jsonl, .csv, .parquet): adds the modalities lexical and text.'),
     train: str = typer.Option(None, '--train', metavar='FILE', help='With --test, in place of features: a table of id, text and label.'),
     test: str = typer.Option(None, '--test', metavar='FILE', help='The same, of the test part.'),
-    encoder: str = typer.Option('lite0+minilm', help='Whose text tower encodes texts; \'\' for lexical alone.'),
+    encoder: str = typer.Option('minilm', help='Whose text tower encodes texts; \'\' for lexical alone.'),
     allow_leak: bool = ALLOW_LEAK,
     protocol: str = typer.Option(
         None, help='grouped_5fold, leaky_snippet or one of the run; by default the folds that are there.'),

@@ -29,7 +29,7 @@ from .frames import clip_times, frames_at
 from .media import Damage, probe
 from .sound import SR
 from .tiny_clip import NAME as TINY, register_tiny
-from .towers import load_image_tower, load_text_tower, Tower, Towers
+from .towers import load_image_tower, load_text_tower, SharedTokenizer, Tower, Towers
 
 # %% ../nbs/18_encoders.ipynb #8e02deaa
 def pick_device(
@@ -112,10 +112,11 @@ def _pixels_of(model):
 def _as_encoder(model, name, pretrained, device):
     "An `Encoder` of an open_clip model."
     import open_clip
-    config = open_clip.get_model_config(name)
+    config, tokenizer = open_clip.get_model_config(name), open_clip.get_tokenizer(name)
+    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer): tokenizer = SharedTokenizer(tokenizer)
     dims = dict.fromkeys(('image', 'text'), config['embed_dim'])
     return Encoder(
-        model=model.eval(), tokenizer=open_clip.get_tokenizer(name), name=name, pretrained=pretrained,
+        model=model.eval(), tokenizer=tokenizer, name=name, pretrained=pretrained,
         preprocess=_pixels_of(model), dims=dims, context_length=config['text_cfg'].get('context_length', 77),
         device=device, weights_sha256=_weights_sha256(model))
 

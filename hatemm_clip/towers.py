@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'EXTRA', 'LITE0', 'LITE0_PIXELS', 'CONTEXT', 'Wheel', 'has_wheel', 'wheel_folder', 'Tower', 'identity_layer',
-           'load_image_tower', 'TextTower', 'load_text_tower', 'Towers']
+           'load_image_tower', 'TextTower', 'SharedTokenizer', 'load_text_tower', 'Towers']
 
 # %% ../nbs/17_towers.ipynb #f89111c7
 import importlib.util
 import json
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -211,23 +212,42 @@ def _load_transformer(folder, pretrained):
             raise InputError(f"{folder}: no text model of `transformers` can be loaded ({first_line(e)}); "
                              "expected config.json, model.safetensors and a tokenizer") from e
 
-# %% ../nbs/17_towers.ipynb #c9f53847
+# %% ../nbs/17_towers.ipynb #0d9dd412
+class SharedTokenizer:
+    "A tokenizer of `transformers`, in open_clip's wrapper, that threads may share."
+    def __init__(self, tokenizer): # an open_clip HFTokenizer
+        self.tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, texts): # → int (S, L), padded and with start and end
+        with self._lock: return self.tokenizer(texts)
+
+    def encode(self, text): # → list of ints, without start and end
+        with self._lock: return self.tokenizer.tokenizer(text, add_special_tokens=False)['input_ids']
+
+    def __reduce__(self): return type(self), (self.tokenizer,)  # a lock goes to no other process
+
+# %% ../nbs/17_towers.ipynb #39ea768d
+def _load_tokenizer(folder, length):
+    "A tokenizer with open_clip's duties; texts shorter than `length` are padded behind."
+    from open_clip.tokenizer import HFTokenizer
+    with _quiet():
+        try: tokenizer = HFTokenizer(str(folder), context_length=length, padding_side='right')
+        except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
+    tokenizer.tokenizer.model_max_length = 1 << 30  # windows are cut here: no warning about a text to be cut
+    return SharedTokenizer(tokenizer)
+
+# %% ../nbs/17_towers.ipynb #a13aa1fa
 def load_text_tower(
     name: str = 'minilm', # or the folder of a sentence-transformers model, or its name on the hub
     pretrained: bool = True, # False: random weights
 ) -> Tower: # in float32, on the CPU
     "Load a tower of sentences."
-    from open_clip.tokenizer import HFTokenizer
     folder = _text_folder(name)
     module = TextTower(_load_transformer(folder, pretrained), _pooling_of(folder)).eval()
-    longest = _read_json(folder/'sentence_bert_config.json').get('max_seq_length') or CONTEXT
-    length = min(CONTEXT, longest)
-    with _quiet():
-        try: tokenizer = HFTokenizer(str(folder), context_length=length, padding_side='right')
-        except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
+    length = min(CONTEXT, _read_json(folder/'sentence_bert_config.json').get('max_seq_length') or CONTEXT)
     words = short_hash(*(file_sha256(folder/f) for f in _VOCABULARIES if (folder/f).is_file()))
     made = dict(name=name, pooling=module.pooling, vocabulary=words)
-    return Tower(module, module.proj.in_features, made, tokenizer=tokenizer, context_length=length)
+    return Tower(module, module.proj.in_features, made, {}, _load_tokenizer(folder, length), length)
 
 # %% ../nbs/17_towers.ipynb #cf4226d3
 class Towers(nn.Module):
