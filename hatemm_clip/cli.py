@@ -368,7 +368,7 @@ def score(
 @app.command()
 def encoders(json_file: str = JSON):
     "List encoders, and which of them can be used here."
-    from hatemm_clip.encoders import format_encoders, list_encoders
+    from hatemm_clip.known import format_encoders, list_encoders
     rows = list_encoders()
     _emit(rows, json_file)
     if json_file != '-': print(format_encoders(rows))

@@ -98,7 +98,7 @@ def find_models(
     online: bool | None = None, # weights can be fetched; None: found out
 ) -> dict: # encoder, pretrained, model; parameters of 10_asr and 20_embed
     "Choose an encoder and a recogniser that can be had here."
-    from hatemm_clip.encoders import has_clip
+    from hatemm_clip.known import has_clip
     online = is_online() if online is None else online
     clip, whisper = ('ViT-B-32', 'openai'), 'base'
     if not (online or has_clip(*clip)): clip = 'hatemm-tiny', 'demo'

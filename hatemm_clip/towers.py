@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHEELS', 'EXTRA', 'LITE0', 'LITE0_PIXELS', 'CONTEXT', 'Wheel', 'has_wheel', 'wheel_folder', 'Tower', 'identity_layer',
-           'load_image_tower', 'TextTower', 'load_text_tower', 'Towers']
+           'load_image_tower', 'TextTower', 'SharedTokenizer', 'load_text_tower', 'Towers']
 
 # %% ../nbs/17_towers.ipynb #f89111c7
 import importlib.util
 import json
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +136,7 @@ def load_image_tower(
 
 # %% ../nbs/17_towers.ipynb #f2b3c137
 CONTEXT = 128  # tokens of a window at most, with start and end
-_VOCABULARIES = ('tokenizer.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'sentencepiece.bpe.model', 'spiece.model')
+_VOCABULARIES = ('tokenizer.json', 'vocab.txt', 'merges.txt', 'tokenizer.model', 'sentencepiece.bpe.model')
 
 
 class TextTower(nn.Module):
@@ -147,7 +148,7 @@ class TextTower(nn.Module):
         self.proj = identity_layer(transformer.config.hidden_size)
 
     def forward(self, tokens): # int (S, L) → (S, D)
-        there = (tokens != self.pad).long()
+        there = (tokens != self.pad).long().flip(1).cummax(1).values.flip(1)  # a text may hold the word [PAD] itself
         states = self.transformer(input_ids=tokens, attention_mask=there).last_hidden_state
         if self.pooling == 'cls': return self.proj(states[:, 0])
         weight = (there/there.sum(1, keepdim=True))[..., None]
@@ -191,7 +192,8 @@ def _pooling_of(folder):
     "How a folder pools its tokens: mean, also where it does not say, or cls."
     modules = {m['type'].split('.')[-1]: m['path'] for m in _read_json(folder/'modules.json') or []}
     strange = set(modules) - {'Transformer', 'Pooling', 'Normalize'}
-    if strange: raise InputError(f"{folder}: has a module {min(strange)}; expected Transformer, Pooling and Normalize only")
+    if strange:
+        raise InputError(f"{folder}: has a module {min(strange)}; expected Transformer, Pooling and Normalize only")
     made = _read_json(folder/modules['Pooling']/'config.json') if 'Pooling' in modules else {}
     kind = lambda key: re.sub('^pooling_mode_|_tokens?$', '', key)
     asked = {kind(key) for key, value in made.items() if key.startswith('pooling_mode_') and value}
@@ -210,23 +212,42 @@ def _load_transformer(folder, pretrained):
             raise InputError(f"{folder}: no text model of `transformers` can be loaded ({first_line(e)}); "
                              "expected config.json, model.safetensors and a tokenizer") from e
 
-# %% ../nbs/17_towers.ipynb #c9f53847
+# %% ../nbs/17_towers.ipynb #0d9dd412
+class SharedTokenizer:
+    "A tokenizer of `transformers`, in open_clip's wrapper, that threads may share."
+    def __init__(self, tokenizer): # an open_clip HFTokenizer
+        self.tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, texts): # → int (S, L), padded and with start and end
+        with self._lock: return self.tokenizer(texts)
+
+    def encode(self, text): # → list of ints, without start and end
+        with self._lock: return self.tokenizer.tokenizer(text, add_special_tokens=False)['input_ids']
+
+    def __reduce__(self): return type(self), (self.tokenizer,)  # a lock goes to no other process
+
+# %% ../nbs/17_towers.ipynb #39ea768d
+def _load_tokenizer(folder, length):
+    "A tokenizer with open_clip's duties; texts shorter than `length` are padded behind."
+    from open_clip.tokenizer import HFTokenizer
+    with _quiet():
+        try: tokenizer = HFTokenizer(str(folder), context_length=length, padding_side='right')
+        except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
+    tokenizer.tokenizer.model_max_length = 1 << 30  # windows are cut here: no warning about a text to be cut
+    return SharedTokenizer(tokenizer)
+
+# %% ../nbs/17_towers.ipynb #a13aa1fa
 def load_text_tower(
     name: str = 'minilm', # or the folder of a sentence-transformers model, or its name on the hub
     pretrained: bool = True, # False: random weights
 ) -> Tower: # in float32, on the CPU
     "Load a tower of sentences."
-    from open_clip.tokenizer import HFTokenizer
     folder = _text_folder(name)
     module = TextTower(_load_transformer(folder, pretrained), _pooling_of(folder)).eval()
-    longest = _read_json(folder/'sentence_bert_config.json').get('max_seq_length') or CONTEXT
-    length = min(CONTEXT, longest)
-    with _quiet():
-        try: tokenizer = HFTokenizer(str(folder), context_length=length)
-        except Exception as e: raise InputError(f'{folder}: its tokenizer cannot be loaded ({first_line(e)})') from e
+    length = min(CONTEXT, _read_json(folder/'sentence_bert_config.json').get('max_seq_length') or CONTEXT)
     words = short_hash(*(file_sha256(folder/f) for f in _VOCABULARIES if (folder/f).is_file()))
     made = dict(name=name, pooling=module.pooling, vocabulary=words)
-    return Tower(module, module.proj.in_features, made, tokenizer=tokenizer, context_length=length)
+    return Tower(module, module.proj.in_features, made, {}, _load_tokenizer(folder, length), length)
 
 # %% ../nbs/17_towers.ipynb #cf4226d3
 class Towers(nn.Module):

@@ -414,7 +414,7 @@ class ClipHead(nn.Module):
 
     def forward(self, pooled, present): # dicts of (B, D) and bool (B,)
         image, text = (self._input(pooled, present, m) for m in self.absent)
-        inputs = [image, text] + [image*text]*self.paired
+        inputs = [image, text, image*text] if self.paired else [image, text]
         return self.out(self.dropout(F.relu(self.hidden(torch.cat(inputs, dim=1)))))
 
 # %% ../nbs/26_tuning.ipynb #0862f4ec

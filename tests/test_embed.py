@@ -143,7 +143,7 @@ def test_any_number_of_workers_gives_the_same_bytes(enc, videos, transcripts):
     for other in runs[1:]:
         for clip_id, row in runs[0].items():
             for m in ('image', 'text'): assert row[m].tobytes() == other[clip_id][m].tobytes(), (clip_id, m)
-    assert runs[0]['c0']['text'].shape == (0, enc.dim) and runs[0]['c5']['text'].shape[0] > 1
+    assert runs[0]['c0']['text'].shape == (0, enc.dims['text']) and runs[0]['c5']['text'].shape[0] > 1
     assert [len(runs[0][f'c{i}']['image']) for i in range(6)] == [4, 5, 6, 7, 8, 9]
 
 
@@ -267,8 +267,8 @@ def test_features_of_a_fine_tuned_encoder_hide_folds_that_it_saw(enc, tables, tm
     whole = read_features(tmp_path)
     assert whole.split.shape == (3, 30)
     for name, checkpoint, expected in (('fold', dict(protocol='fold', fold=1), whole.split[[1]]), ('single', dict(protocol='single'), None)):
-        store = open_store(tmp_path/f'{name}.lance', dict(image=enc.dim, text=enc.dim), dict(enc.provenance(), checkpoint=checkpoint))
-        store.add(pack_rows([dict(clip_id=c, image=np.ones((1, enc.dim)), image_times=[0.]) for c in clips.clip_id], store.table.schema))
+        store = open_store(tmp_path/f'{name}.lance', enc.dims, dict(enc.provenance(), checkpoint=checkpoint))
+        store.add(pack_rows([dict(clip_id=c, image=np.ones((1, enc.dims['image'])), image_times=[0.]) for c in clips.clip_id], store.table.schema))
         split, info = read_features(tmp_path/f'{name}.lance').split, features_info(tmp_path/f'{name}.lance')
         assert (split is None) if expected is None else np.array_equal(split, expected)
         assert info['folds'] == (0 if expected is None else 1)
@@ -317,7 +317,7 @@ def test_info_counts_what_reading_gives(enc, tables, tmp_path):
     info, features = features_info(tmp_path), read_features(tmp_path)
     for m, told in info['modalities'].items():
         mask = features.masks[m]
-        assert told == dict(dim=enc.dim, present=mask.any(1).sum(), vectors=mask.sum(), longest=mask.sum(1).max(), unit=True, padded_bytes=features.arrays[m].nbytes)
+        assert told == dict(dim=enc.dims[m], present=mask.any(1).sum(), vectors=mask.sum(), longest=mask.sum(1).max(), unit=True, padded_bytes=features.arrays[m].nbytes)
     assert info['clips'] == 30 and info['labels'] == dict(a=15, b=15) and info['videos'] == 6
 
 

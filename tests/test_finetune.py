@@ -96,7 +96,7 @@ def test_projection_is_the_last_layer():
 def test_gradients_reach_both_towers(toy, mode):
     encoder = load_encoder(device='cpu')
     set_trainable(encoder.model, FinetuneConfig(mode=mode))
-    model = ClipClassifier(encoder, ClipHead(encoder.dim))
+    model = ClipClassifier(encoder, ClipHead(encoder.dims))
     batch = make_batch(toy, np.arange(8), np.ones(8), CONFIG, encoder.tokenizer, epoch=1)
     model(batch)[0].square().sum().backward()
     check_gradients(model)
@@ -109,7 +109,7 @@ def test_gradients_reach_both_towers(toy, mode):
 def test_a_tower_without_gradient_is_an_error():
     encoder = load_encoder(device='cpu')
     set_trainable(encoder.model, FinetuneConfig(mode='projection'))
-    model, parameters = ClipClassifier(encoder, ClipHead(encoder.dim)), (encoder.model.visual.proj, encoder.model.text_projection)
+    model, parameters = ClipClassifier(encoder, ClipHead(encoder.dims)), (encoder.model.visual.proj, encoder.model.text_projection)
     parameters[1].grad = torch.ones_like(parameters[1])
     for parameters[0].grad in (None, torch.zeros_like(parameters[0])):
         with pytest.raises(InputError, match='image tower are to train, such as visual.proj, and none gets a gradient'): check_gradients(model)
@@ -337,7 +337,7 @@ def test_bad_folds(toy, tmp_path):
 def test_missing_modalities_are_counted_and_masked(toy, adapted):
     assert adapted.data == dict(clips=20, frames=57, windows=38, without_frames=1, without_text=1, without_both=0)
     encoder = load_encoder(device='cpu')
-    classifier = ClipClassifier(encoder, ClipHead(encoder.dim)).eval()
+    classifier = ClipClassifier(encoder, ClipHead(encoder.dims)).eval()
     logits = lambda data, rows: classifier(make_batch(data, np.array(rows), np.ones(len(rows)), CONFIG, encoder.tokenizer))[0]
     bare = dataclasses.replace(toy, windows=[[] for _ in range(20)], counts=np.zeros(20, int))
     with torch.no_grad():
