@@ -48,7 +48,10 @@ def _ocr_of(words):
     return dict(words.attrs.get('params', {}))
 
 
-def _segments_of(table): return None if table is None else {row.clip_id: list(row.segments) for row in table.itertuples()}
+def _segments_of(table):
+    "Segments by clip, as an encoder takes them; None where there is no table."
+    plain = lambda segments: [{name: s[name] for name in ('start', 'end', 'text')} for s in segments]
+    return None if table is None else {row.clip_id: plain(row.segments) for row in table.itertuples()}
 
 # %% ../nbs/20_embed.ipynb #5cc1c138
 def _open_for(path, encoder, audio, settings, transcripts, ocr):
