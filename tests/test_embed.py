@@ -323,7 +323,7 @@ def test_info_counts_what_reading_gives(enc, tables, tmp_path):
 
 def test_tasks_of_ray_hold_a_chunk_at_a_time(enc, videos, transcripts, tmp_path):
     (tmp_path/'torn.mp4').write_bytes(Path(videos.path[5]).read_bytes()[:300])
-    table = videos.assign(segments=[json.dumps(s) for s in transcripts.segments])[['clip_id', 'path', 'start', 'end', 'segments']]
+    table = videos.assign(texts=[json.dumps(dict(text=s)) for s in transcripts.segments])[['clip_id', 'path', 'start', 'end', 'texts']]
     torn = table[5:].assign(path=str(tmp_path/'torn.mp4'))
     for batch, error in ((table[5:], ''), (torn, 'torn.mp4')):
         chunks = list(batching._ray_inputs(batch.to_dict('list'), enc, 5., 0, ''))

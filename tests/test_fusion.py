@@ -400,7 +400,7 @@ def test_all_heads_take_bert_and_mfcc():
     heads = fitting_heads(['bert', 'mfcc'])
     assert len(heads) == 11
     predictions = crossval(dataclasses.replace(features, split=features.split[:1]), 'all', ['bert+mfcc'], 1, grid={}, epochs=3)
-    assert predictions.run.nunique() == 12 and (summarise_runs(predictions, ['auroc'], n=10)['mean'] > .6).all()
+    assert predictions.run.nunique() == 14 and (summarise_runs(predictions, ['auroc'], n=10)['mean'] > .6).all()
 
 
 def torn_in_pairs(data):
