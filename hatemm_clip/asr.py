@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .base import TRANSCRIPTS, InputError, read_table, write_text
+from .base import TRANSCRIPTS, InputError, write_text
 from .engines import check_engine, ray_groups, ray_shares, ray_tables, read_ahead, start_ray
 from .media import MediaError
-from .rows import RowStage, fill_table
+from .rows import RowStage, fill_table, read_stage_table, table_file
 from .sound import read_audio, SR
 from .speech import Asr, load_asr
 
@@ -71,17 +71,14 @@ FLAGGED_TRANSCRIPTS = pa.schema([
     ('inputs', pa.string())])  # hash of what a row is made from
 
 
-def _table_path(out): return Path(out) if Path(out).suffix == '.parquet' else Path(out)/'transcripts.parquet'
+def _table_path(out): return table_file(out, 'transcripts.parquet')
 
 # %% ../nbs/10_asr.ipynb #5e11c551
 def read_transcripts(
     path: str | Path, # transcripts.parquet, or its folder
 ) -> pd.DataFrame: # FLAGGED_TRANSCRIPTS; text is '' where nothing was said
     "Read a table of transcripts and check its columns."
-    df = read_table(_table_path(path))
-    lacking = [c for c in TRANSCRIPTS.names if c not in df]
-    if lacking: raise InputError(f"{path}: not a table of transcripts, it lacks {', '.join(lacking)}")
-    return df
+    return read_stage_table(_table_path(path), TRANSCRIPTS.names, 'transcripts')
 
 # %% ../nbs/10_asr.ipynb #c54fadce
 def _stage(out, asr, spread):

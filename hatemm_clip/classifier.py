@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.func import vmap
 
 from .base import InputError, write_atomic, write_json
 from .metrics import shapley_values
 from .features import check_features, check_training, Features, sort_modalities
 from .heads import HEADS, make_head
-from .calibration import Calibration, CALIBRATIONS, choose_calibration, softmax, threshold_rule
+from .calibration import Calibrated, Calibration, check_policy, softmax
 from .experts import COMBINED, CombinedClassifier, dump_experts, LEXICAL, load_experts
 from .members import ClipTensors, MemberPlan, Members, predict_members, train_members, unflatten_row
 
@@ -52,14 +51,11 @@ def join_features(
 # %% ../nbs/38_classifier.ipynb #399458b7
 def _check_choices(model, classes):
     "Stop at a head, a calibration or a threshold that does not exist."
-    for name, value, choices in (('head', model.head, HEADS), ('calibration', model.calibration, CALIBRATIONS)):
-        if value not in choices: raise InputError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
-    threshold_rule(model.threshold)
-    if model.calibration == 'isotonic' and classes > 2:
-        raise InputError(f"calibration 'isotonic' takes two classes and there are {classes}; choose temperature")
+    if model.head not in HEADS: raise InputError(f"head {model.head!r} is unknown; choose from {', '.join(HEADS)}")
+    check_policy(model.threshold, model.calibration, classes)
 
 # %% ../nbs/38_classifier.ipynb #2cf0c910
-class FusionClassifier(ClassifierMixin, BaseEstimator):
+class FusionClassifier(Calibrated):
     "A head with its training, as a scikit-learn classifier."
     def __init__(
         self,
@@ -107,19 +103,6 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self.calibration_ = Calibration()
         return self if val is None else self.calibrate(val)
 
-    def calibrate(
-        self,
-        val: Features, # the validation part
-    ): # itself
-        "Choose calibration and, for two classes, threshold."
-        self.calibration_ = Calibration(temperature=1.)
-        probs = self.predict_proba(val)
-        self.calibration_ = self.calibration_for(val.labels, probs, val.video_ids)
-        return self
-
-    def calibration_for(self, labels, probs, groups): # of a validation part
-        return choose_calibration(labels, probs, groups, self.threshold, self.calibration)
-
     def predict_proba(
         self,
         X: Features, # any clips
@@ -129,27 +112,6 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         rows = np.tile(np.arange(len(X)), (self.ensemble, 1))
         logits = predict_members(self.members_, ClipTensors(X, device=self.device), rows)
         return self.calibration_.apply(softmax(logits).mean(0))
-
-    def predict(
-        self,
-        X: Features, # any clips
-    ) -> np.ndarray: # labels, int, shape (N,)
-        "Labels at the threshold."
-        probs = self.predict_proba(X)
-        return (probs[:, 1] >= self.threshold_).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
-
-    def score(
-        self,
-        X: Features, # any clips
-        y=None, # labels; None: those of X
-    ) -> float: # accuracy
-        "Accuracy."
-        return float((self.predict(X) == (X.labels if y is None else np.asarray(y))).mean())
-
-    @property
-    def temperature_(self): return self.calibration_.temperature
-    @property
-    def threshold_(self): return self.calibration_.threshold
 
     def prepare(self, features): # Features; gives what the head trains on
         _check_choices(self, len(features.label_names))

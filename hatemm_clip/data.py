@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'PART_NAMES', 'FAILED_VIDEOS', 'probe_clips', 'make_windows', 'near_duplicates', 'near_duplicate_texts',
-           'find_groups', 'make_splits', 'part_of_clips', 'published_splits', 'read_splits', 'purge_leaks', 'LeakError',
-           'leak_audit', 'leaky_snippet', 'show_clips', 'DataSettings', 'prepare_data']
+           'components', 'find_groups', 'make_splits', 'part_of_clips', 'published_splits', 'read_splits',
+           'purge_leaks', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips', 'DataSettings', 'prepare_data']
 
 # %% ../nbs/00_data.ipynb #d4263d82
 import json
@@ -148,8 +148,11 @@ def near_duplicate_texts(
     return sorted(pairs)
 
 # %% ../nbs/00_data.ipynb #21d0f4c3
-def _components(n, pairs):
-    "Label connected components of `n` items."
+def components(
+    n: int, # items
+    pairs: list, # of positions that belong together
+) -> np.ndarray: # number of the component of each item, (n,)
+    "Label connected components."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
     rows, cols = np.array(pairs, int).reshape(-1, 2).T
@@ -174,7 +177,7 @@ def find_groups(
         names = [v for v in videos.video_id if v in hashes]
         alike = near_duplicates(np.stack([hashes[v] for v in names]), max_bits)
         together += [(at[names[i]], at[names[j]]) for i, j in alike]
-    component = _components(len(videos), together)
+    component = components(len(videos), together)
     first = videos.video_id.groupby(component).transform(lambda ids: short_hash(min(ids)))
     return pd.Series(first.values, index=videos.video_id, name='group')
 

@@ -11,13 +11,13 @@ import dataclasses
 from typing import Callable, NamedTuple
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import clone
 
 from .base import InputError
 from .features import check_features, check_training, Features, parse_set
-from .lexical import count_bayes, count_ngrams
+from .lexical import count_bayes, count_ngrams, fit_words
 from .heads import pool_features
-from .calibration import Calibration, choose_calibration, threshold_rule
+from .calibration import Calibrated, Calibration, check_policy
 
 # %% ../nbs/37_experts.ipynb #308697a6
 LEXICAL = 'lexical'  # the modality that `Features.texts` give
@@ -119,21 +119,13 @@ def inner_folds(
     dealer = StratifiedGroupKFold(min(_INNER, fewest), shuffle=True, random_state=seed)
     return list(dealer.split(labels, labels, groups))
 
-# %% ../nbs/37_experts.ipynb #51ea981a
-def _fitted(model, x, labels):
-    "Fit a model, or say why it cannot be."
-    try: return clone(model).fit(x, labels)
-    except ValueError as e:
-        if 'no terms remain' not in str(e).lower() and 'empty vocabulary' not in str(e): raise
-        raise InputError(f'no word occurs in two of {len(x)} texts, so there is nothing to learn from words; '
-                         'leave lexical out with --modalities') from e
-
 # %% ../nbs/37_experts.ipynb #57601a04
 def _cross_scores(model, x, labels, folds): # gives (n, 1) or (n, C)
     "Scores of each row by a model that was not trained on it."
-    parts = [(asked, decision_scores(_fitted(model, x[trained], labels[trained]), x[asked])) for trained, asked in folds]
-    scores = np.zeros((len(labels), parts[0][1].shape[1]))
-    for asked, found in parts: scores[asked] = found
+    models = [fit_words(clone(model), x[trained], labels[trained]) for trained, _ in folds]
+    found = [decision_scores(m, x[asked]) for m, (_, asked) in zip(models, folds)]
+    scores = np.zeros((len(labels), found[0].shape[1]))
+    scores[np.concatenate([asked for _, asked in folds])] = np.concatenate(found)
     return scores
 
 # %% ../nbs/37_experts.ipynb #b3bb7ae1
@@ -178,7 +170,7 @@ def fit_expert(
     _, setting, inner, scale = min(tried, key=lambda t: t[0])
     everywhere = np.full((len(features), inner.shape[1]), np.nan)
     everywhere[there] = inner
-    return Expert(modality, kind, setting, _fitted(make(setting), x, labels), scale, everywhere)
+    return Expert(modality, kind, setting, fit_words(make(setting), x, labels), scale, everywhere)
 
 # %% ../nbs/37_experts.ipynb #3c80d05d
 COMBINED = ('Average', 'Stack')  # heads that combine experts
@@ -220,7 +212,7 @@ def _taken(features, modalities):
     return names
 
 # %% ../nbs/37_experts.ipynb #38d2952e
-class CombinedClassifier(ClassifierMixin, BaseEstimator):
+class CombinedClassifier(Calibrated):
     "Experts of single modalities, combined, as a scikit-learn classifier."
     def __init__(
         self,
@@ -241,8 +233,8 @@ class CombinedClassifier(ClassifierMixin, BaseEstimator):
     ): # itself
         "Fit the experts; with `val`, calibrate on it."
         if self.head not in COMBINED: raise InputError(f"head {self.head!r} is unknown; choose from {', '.join(COMBINED)}")
-        threshold_rule(self.threshold)
         X = check_training(check_features(X if y is None else dataclasses.replace(X, labels=np.asarray(y))))
+        check_policy(self.threshold, self.calibration, len(X.label_names))
         names = _taken(X, self.modalities)
         self.dims_ = {m: 0 if m == LEXICAL else X.arrays[m].shape[2] for m in names}
         self.label_names_ = list(X.label_names)
@@ -261,15 +253,6 @@ class CombinedClassifier(ClassifierMixin, BaseEstimator):
         if self.stack_ is None: return average_probs(self.experts_, scores, self.prior_)
         return self.stack_.predict_proba(np.hstack(scores))
 
-    def calibrate(
-        self,
-        val: Features, # the validation part
-    ): # itself
-        "Choose calibration and, for two classes, threshold."
-        probs = self.combine([e.scores(val) for e in self.experts_])
-        self.calibration_ = choose_calibration(val.labels, probs, val.video_ids, self.threshold, self.calibration)
-        return self
-
     def predict_proba(
         self,
         X: Features, # any clips
@@ -277,19 +260,6 @@ class CombinedClassifier(ClassifierMixin, BaseEstimator):
         "Probabilities of each class."
         check_features(X, {m: d for m, d in self.dims_.items() if m != LEXICAL})
         return self.calibration_.apply(self.combine([e.scores(X) for e in self.experts_]))
-
-    def predict(
-        self,
-        X: Features, # any clips
-    ) -> np.ndarray: # labels, int (N,)
-        "Labels at the threshold."
-        probs = self.predict_proba(X)
-        return (probs[:, 1] >= self.threshold_).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
-
-    @property
-    def temperature_(self): return self.calibration_.temperature
-    @property
-    def threshold_(self): return self.calibration_.threshold
 
 # %% ../nbs/37_experts.ipynb #97a77459
 _TRUSTED = ['hatemm_clip.lexical.BayesWeights', 'numpy.dtype', 'sklearn.tree._tree.Tree']  # beside what skops takes for harmless

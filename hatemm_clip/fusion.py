@@ -34,7 +34,7 @@ from hatemm_clip.features import (
 from .lexical import lexical_features, with_texts
 from .heads import fitting_heads, HEADS
 from .members import ClipTensors, predict_members, take_members, train_members
-from .calibration import choose_calibration, softmax
+from .calibration import check_policy, choose_calibration, softmax
 from .experts import COMBINED, CombinedClassifier, fit_expert, kinds_for, LEXICAL
 from .classifier import FusionClassifier, save_bundle
 
@@ -94,6 +94,11 @@ class CrossvalSettings:
         params = {k: v for k, v in options.items() if k not in own}
         return cls(params=params, **{k: v for k, v in options.items() if k in own})
 
+# %% ../nbs/40_fusion.ipynb #650ad114
+def _parts_of(features):
+    "A dict per fold: train, val and test -> rows."
+    return [{p: np.flatnonzero(parts == p) for p in ('train', 'val', 'test')} for parts in features.split]
+
 # %% ../nbs/40_fusion.ipynb #2ae2a058
 @dataclasses.dataclass
 class _Folds:
@@ -105,8 +110,7 @@ class _Folds:
 
     @classmethod
     def of(cls, data, features):
-        parts = [{p: np.flatnonzero(s == p) for p in ('train', 'val', 'test')} for s in features.split]
-        return cls(data, features.labels, parts, len(features.label_names))
+        return cls(data, features.labels, _parts_of(features), len(features.label_names))
 
     def train(self, pairs, config): # pairs (fold, seed); gives their networks, `ensemble` of each
         "Members for pairs of fold and seed."
@@ -282,26 +286,28 @@ def _fold_experts(features, modality, k, seed):
     experts = [fit_expert(train, modality, kind, seed) for kind in kinds_for(features, modality)]
     return [(dataclasses.replace(e, model=None), e.scores(features)) for e in experts]
 
+# %% ../nbs/40_fusion.ipynb #03fdd178
+def _policy_of(params):
+    "Of parameters of networks, those that experts know too."
+    return {k: v for k, v in params.items() if k in ('threshold', 'calibration')}
+
 # %% ../nbs/40_fusion.ipynb #8815c56f
 def _combined_run(features, experts, head, modalities, plan): # experts: (modality, fold) → pairs (Expert, scores)
     "Predictions of combined experts, the same for every seed."
-    policy = {k: v for k, v in plan.params.items() if k in ('threshold', 'calibration')}
-    config, tables = FusionClassifier(**policy), []
-    for k, parts in enumerate(features.split):
-        part = {p: np.flatnonzero(parts == p) for p in ('train', 'val', 'test')}
+    tables, run, numbers = [], run_name(head, modalities), range(plan.seed, plan.seed + plan.seeds)
+    for k, part in enumerate(_parts_of(features)):
         fitted, scores = zip(*(pair for m in modalities for pair in experts[m, k]))
-        model = CombinedClassifier(head).take(list(fitted), features.labels[part['train']], len(features.label_names))
+        model = CombinedClassifier(head, **_policy_of(plan.params))
+        model.take(list(fitted), features.labels[part['train']], len(features.label_names))
         probs = {p: model.combine([s[part[p]] for s in scores]) for p in ('val', 'test')}
-        calibration, run = _calibrate_on_val(features, part, probs, config), run_name(head, modalities)
-        numbers = range(plan.seed, plan.seed + plan.seeds)
+        calibration = _calibrate_on_val(features, part, probs, model)
         tables += [_prediction_rows(features, part, probs, calibration, dict(run=run, fold=k, seed=s)) for s in numbers]
     return pd.concat(tables, ignore_index=True), pd.DataFrame()
 
 # %% ../nbs/40_fusion.ipynb #70ca9369
 def _check_experts(features, modalities):
-    for k, parts in enumerate(features.split):
-        part = {p: np.flatnonzero(parts == p) for p in ('train', 'val', 'test')}
-        _check_fold(sort_modalities(features, [m for m in modalities if m != LEXICAL]), k, part)
+    vectors = sort_modalities(features, [m for m in modalities if m != LEXICAL])
+    for k, part in enumerate(_parts_of(features)): _check_fold(vectors, k, part)
 
 
 def _combined_runs(features, runs, plan, jobs, progress): # runs: pairs (head, modalities)
@@ -311,6 +317,8 @@ def _combined_runs(features, runs, plan, jobs, progress): # runs: pairs (head, m
     lexical = [LEXICAL]*(features.texts is not None)
     for _, modalities in runs: _check_modalities(modalities, features, lexical)
     _check_experts(features, names)
+    asked = CombinedClassifier(**_policy_of(plan.params))
+    check_policy(asked.threshold, asked.calibration, len(features.label_names))
     keys = [(m, k) for m in names for k in range(len(features.split))]
     found = _in_parallel([delayed(_fold_experts)(features, m, k, plan.seed) for m, k in keys], jobs, progress)
     experts = dict(zip(keys, found))
@@ -516,8 +524,7 @@ def _unfitted(head, modalities, seed, params):
         if modalities is not None and LEXICAL in parse_set(modalities):
             raise InputError(f'{LEXICAL} goes into a bundle with {" or ".join(COMBINED)}; {head} learns it in a cross-validation only')
         return FusionClassifier(head, modalities=modalities, seed=seed, **params)
-    policy = {k: v for k, v in params.items() if k in ('threshold', 'calibration')}
-    return CombinedClassifier(head, modalities, seed, **policy)
+    return CombinedClassifier(head, modalities, seed, **_policy_of(params))
 
 # %% ../nbs/40_fusion.ipynb #163c1019
 def _settings_for_all(features, model, val, grid): # val: bool (N,)
@@ -640,8 +647,7 @@ def run_fusion(
     names = _to_train_on(features, parse_set(modalities))
     sets, modalities = modality_sets(names), '+'.join(names)
     predictions = crossval_folds(features, heads, sets, seeds, seed=seed, **params)
-    policy = {k: params[k] for k in ('threshold', 'calibration') if k in params}
-    if heads == 'all' or len(heads) > 1: predictions = combine_heads(predictions, **policy)
+    if heads == 'all' or len(heads) > 1: predictions = combine_heads(predictions, **_policy_of(params))
     settings = dict(head=head, modalities=modalities, seeds=seeds, seed=seed, finetuned=finetuned, **params)
     _write_predictions(predictions, run, features[0], settings)
     if not bundle: return predictions

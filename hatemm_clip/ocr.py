@@ -22,11 +22,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from .base import OCR, InputError, file_sha256, read_table, reason_of
+from .base import OCR, InputError, file_sha256, reason_of
 from .engines import check_engine, ray_groups, ray_shares, ray_tables, read_ahead, start_ray
 from .frames import clip_times, frames_at
 from .media import Damage, MediaError, probe
-from .rows import RowStage, fill_table
+from .rows import RowStage, fill_table, read_stage_table, table_file
 
 # %% ../nbs/12_ocr.ipynb #56a3d514
 _MODELS = {
@@ -283,17 +283,14 @@ def read_words(
 FLAGGED_OCR = pa.schema([*OCR, ('flags', pa.list_(pa.string())), ('inputs', pa.string())])
 
 
-def _table_path(out): return Path(out) if Path(out).suffix == '.parquet' else Path(out)/'ocr.parquet'
+def _table_path(out): return table_file(out, 'ocr.parquet')
 
 # %% ../nbs/12_ocr.ipynb #d771954c
 def read_ocr(
     path: str | Path, # ocr.parquet, or its folder
 ) -> pd.DataFrame: # FLAGGED_OCR; text is '' where nothing stands in the picture
     "Read a table of words in pictures and check its columns."
-    df = read_table(_table_path(path))
-    lacking = [c for c in OCR.names if c not in df]
-    if lacking: raise InputError(f"{path}: not a table of words in pictures, it lacks {', '.join(lacking)}")
-    return df
+    return read_stage_table(_table_path(path), OCR.names, 'words in pictures')
 
 # %% ../nbs/12_ocr.ipynb #cd04f796
 def _clip_row(clip, ocr, fps):
