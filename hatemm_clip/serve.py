@@ -571,18 +571,17 @@ class PixelRoom:
                 self.left += pixels
                 self._changed.notify_all()
 
-# %% ../nbs/90_serve.ipynb #3f272702
+# %% ../nbs/90_serve.ipynb #60c7a182
 _DESK = 'hatemm-serve-'
 
 
 def _clear_desks():
     "Remove what killed servers left in the temporary folder."
     from filelock import FileLock, Timeout
-    for folder in Path(gettempdir()).glob(f'{_DESK}*'):
-        try: lock = FileLock(folder/'lock', timeout=0).acquire()
+    for file in Path(gettempdir()).glob(f'{_DESK}*/lock'):
+        try:
+            with FileLock(file, timeout=0): remove(file.parent)
         except (Timeout, OSError): continue
-        try: remove(folder)
-        finally: lock.lock.release()
 
 
 @contextmanager
@@ -1078,7 +1077,7 @@ def make_app(
     if settings.token: _secure(app)
     return app
 
-# %% ../nbs/90_serve.ipynb #5f3d0c9d
+# %% ../nbs/90_serve.ipynb #57e0c05c
 _MOMENT = .5  # s in which a connection without a request may still send one, while the server stops
 
 
@@ -1103,7 +1102,13 @@ class Connection(H11Protocol):
         body = json.dumps(dict(error=dict(code='bad_http', message='this is not HTTP as it should be, or its header is too large'))).encode()
         head = f'HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n'
         self.transport.write(head.encode() + body)
-        self.transport.close()
+        self._deaf = True  # what else comes is not heard, but whoever sends it can read the answer
+        self.loop.call_later(_MOMENT, self.transport.close)
+
+    _deaf = False
+
+    def data_received(self, data):
+        if not self._deaf: super().data_received(data)
 
 # %% ../nbs/90_serve.ipynb #28785a45
 def _listen(settings):
@@ -1138,7 +1143,7 @@ def _worker_app(bundles, settings, load, mark):
     threading.Thread(target=_watch_parent, daemon=True).start()
     return make_app(bundles, settings, load, partial(_end_parent, mark))
 
-# %% ../nbs/90_serve.ipynb #1b002a76
+# %% ../nbs/90_serve.ipynb #6ca7f9d9
 _HEADER_BYTES = 32 << 10  # of a request, at most
 
 
@@ -1171,12 +1176,13 @@ def _serve_together(bundles, settings, load, listener):
 
     from uvicorn.supervisors import Multiprocess
     mark = get_context('spawn').Event()
-    with TemporaryDirectory(prefix='hatemm-metrics-') as folder:
-        os.environ[_MANY] = folder
+    with open_desk() as folder:
+        os.environ[_MANY] = str(folder)
+        settings = replace(settings, jobs_dir=settings.jobs_dir or str(folder/'jobs'))
         Multiprocess(_configure(partial(_worker_app, bundles, settings, load, mark), settings), [listener]).run()
     if mark.is_set(): raise SystemExit(2)
 
-# %% ../nbs/90_serve.ipynb #90d57de8
+# %% ../nbs/90_serve.ipynb #c09bf256
 def serve(
     bundles: list, # folders; the first is the default
     settings: ServeSettings = ServeSettings(),
@@ -1186,9 +1192,8 @@ def serve(
     check_settings(settings)
     bundle_names(bundles)
     for signum in (signal.SIGTERM, signal.SIGINT): signal.signal(signum, lambda *_: None)  # uvicorn stops, then raises it again
-    with _listen(settings) as listener, TemporaryDirectory(prefix=_DESK) as shared:
+    with _listen(settings) as listener:
         _log_json()
-        if settings.workers > 1 and not settings.jobs_dir: settings = replace(settings, jobs_dir=shared)
         host, port = listener.getsockname()[:2]
         _LOG.info('listening', extra=dict(fields=dict(url=f'http://{host}:{port}', workers=settings.workers)))
         run = _serve_together if settings.workers > 1 else _serve_alone
