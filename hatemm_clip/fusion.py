@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GRIDS', 'REFERENCES', 'modality_sets', 'run_name', 'CrossvalSettings', 'all_different', 'crossval', 'is_leaky',
            'with_protocol', 'cut_clips', 'compare_protocols', 'val_losses', 'choose_runs', 'blend_runs',
-           'combine_heads', 'fit_bundle', 'best_head', 'stage_features', 'crossval_folds', 'fit_run_bundle',
-           'run_fusion', 'causes_of']
+           'combine_heads', 'fit_bundle', 'best_head', 'stage_features', 'crossval_folds', 'clip_lengths',
+           'fit_run_bundle', 'run_fusion', 'causes_of']
 
 # %% ../nbs/40_fusion.ipynb #fc9fbe44
 import dataclasses
@@ -37,6 +37,7 @@ from .members import ClipTensors, predict_members, take_members, train_members
 from .calibration import check_policy, choose_calibration, softmax
 from .experts import COMBINED, CombinedClassifier, fit_expert, kinds_for, LEXICAL
 from .classifier import FusionClassifier, save_bundle
+from .review import fit_review, pack_review, REVIEW
 
 # %% ../nbs/40_fusion.ipynb #a2c2d95d
 GRIDS = {name: dict(mixup=[0., .4], label_smoothing=[.1]) for name in HEADS}
@@ -552,9 +553,11 @@ def fit_bundle(
     val = dealt[0] == 'val'
     model = _unfitted(head, modalities, seed, params)
     if head not in COMBINED: model.set_params(**_settings_for_all(features, model, val, _grid_of(head, grid, params)))
-    model.fit(features[~val], val=features[val])
-    info = features.provenance if encoder is None else encoder
-    if folder is not None: save_bundle(folder, model, info, info.get('splits', ''), demo)
+    train, val = features[~val], features[val]
+    model.fit(train, val=val)
+    if folder is None: return model
+    info, review = features.provenance if encoder is None else encoder, fit_review(model, train, val, seed)
+    save_bundle(folder, model, info, info.get('splits', ''), demo, {REVIEW: pack_review(review)})
     return model
 
 # %% ../nbs/40_fusion.ipynb #fe1fa69b
@@ -592,6 +595,22 @@ def crossval_folds(
     tables = [crossval(f, *args, **kwargs).assign(fold=f.provenance['fold']) for f in features]
     return pd.concat(tables, ignore_index=True)
 
+# %% ../nbs/40_fusion.ipynb #ccbee081
+def clip_lengths(
+    clips: pd.DataFrame, # of a run: start, end (s); `attrs` hold how videos were cut
+) -> dict: # length and stride of windows (s), of the longest clip where videos are whole; share of stills
+    "What a bundle must know to cut a file as its training clips were cut."
+    asked, seconds = clips.attrs.get('params', {}), clips.end - clips.start
+    longest = float(np.ceil(seconds.max()))
+    sliding = asked.get('window') == 'sliding'
+    length, stride = (asked['length'], asked['stride']) if sliding else (longest, longest)
+    return dict(length=length, stride=stride, stills=round(float((seconds == 0).mean()), 4))
+
+# %% ../nbs/40_fusion.ipynb #aa3ca572
+def _made_for(run, features):
+    "Provenance of a run's features, with how its videos were cut."
+    return dict(features.provenance, clips=clip_lengths(read_table(run.clips)))
+
 # %% ../nbs/40_fusion.ipynb #8caa802e
 def fit_run_bundle(
     run_dir: str | Path, # gets bundle/
@@ -602,10 +621,10 @@ def fit_run_bundle(
 ) -> FusionClassifier: # fitted and calibrated
     "Train and write the bundle of a run, with the encoder if that is the run's own."
     run = Run(run_dir)
-    if not finetuned: return fit_bundle(features, head, run.bundle, **params)
+    if not finetuned: return fit_bundle(features, head, run.bundle, encoder=_made_for(run, features), **params)
     from hatemm_clip.checkpoints import find_checkpoint
     single = read_features(run.folder/f'features-{finetuned}-single.lance')
-    encoder = dict(single.provenance, encoder='encoder')  # a folder in the bundle
+    encoder = dict(_made_for(run, single), encoder='encoder')  # a folder in the bundle
     model = fit_bundle(dataclasses.replace(single, split=features.split), head, run.bundle, encoder=encoder, **params)
     checkpoint = find_checkpoint(run.finetune/finetuned/'single')
     shutil.copytree(checkpoint, run.bundle/'encoder', dirs_exist_ok=True)

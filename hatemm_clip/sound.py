@@ -168,8 +168,9 @@ def sound_notes(
     found, track = read_contents(path), heard_track(path)
     notes = []
     if len(channels) == 2 and cancels(channels): notes.append(Note('its two channels cancel each other; the louder is taken'))
-    if track is not None and track is not found.sounds[0]:
-        notes.append(Note(f'the first sound track is silent; track {found.sounds.index(track) + 1} is taken'))
+    streams = [t.stream for t in found.sounds]
+    if track is not None and track.stream != streams[0]:
+        notes.append(Note(f'the first sound track is silent; track {streams.index(track.stream) + 1} is taken'))
     return notes
 
 # %% ../nbs/004_sound.ipynb #4e7f5e13

@@ -675,10 +675,11 @@ def plot_transcript(
 def asr_of(
     recorded: dict, # with transcripts: backend, model; perhaps source, weights_sha256 and settings
     device: str = 'auto',
+    threads: int = 0, # as for `load_asr`
 ) -> Asr:
     "Load the recogniser that some transcripts were written with."
     options = {name: recorded[name] for name in ('beam_size', 'language', 'vad_threshold') if recorded.get(name)}
-    asr = load_asr(recorded['backend'], recorded.get('source') or recorded['model'], device, **options)
+    asr = load_asr(recorded['backend'], recorded.get('source') or recorded['model'], device, threads, **options)
     if recorded.get('weights_sha256') not in (None, asr.settings()['weights_sha256']):
         raise InputError(f"the transcripts were written with other weights of {recorded['model']} than those found here; "
                          'run 10_asr again')

@@ -551,7 +551,7 @@ def test_load_encoder_takes_the_folder(toy, tmp_path, mode):
 def test_heads_train_on_each_folds_own_features(run, tmp_path):
     "The fine-tuned encoders reach the predictions, and a bundle that scores wherever it is moved."
     from hatemm_clip.fusion import crossval, run_fusion
-    from hatemm_clip.score import Scorer
+    from hatemm_clip.scorer import Scorer
     copy = Path(shutil.copytree(run, tmp_path/'run'))
     predictions = run_fusion(copy, 'MeanLinear', 'image+text', seeds=1, finetuned='projection', epochs=3, grid={})
     assert sorted(predictions.fold.unique()) == [0, 1, 2]

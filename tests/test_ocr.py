@@ -16,7 +16,8 @@ from hatemm_clip.base import CLIPS, InputError, write_table
 from hatemm_clip.embed import embed_clips
 from hatemm_clip.encoders import load_encoder
 from hatemm_clip.media import MediaError, write_video
-from hatemm_clip.score import Scorer, format_scores
+from hatemm_clip.score import format_scores
+from hatemm_clip.scorer import Scorer
 
 pytest.importorskip('rapidocr', reason='reading words needs the extra hatemm_clip[real]')
 from hatemm_clip import ocr as module  # noqa: E402

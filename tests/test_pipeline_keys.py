@@ -269,7 +269,7 @@ def test_killed_at_ten_moments(project, tmp_path, how):
         recover(tmp_path/'run', read_log(tmp_path/'run'))  # as the next run begins
         seen.append(whole_result(tmp_path/'run'))
         assert seen[-1] in (size, seen[-2])
-    assert seen[1] == 9 and seen[-1] == 19  # the first is slow, and was killed before its end
+    assert len(set(seen)) < len(seen) and seen[-1] == 19  # some were killed before their end
     make(99)
     assert whole_result(tmp_path/'run') == 99
 

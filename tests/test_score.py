@@ -11,7 +11,8 @@ from hatemm_clip.base import InputError
 from hatemm_clip.encoders import FINETUNED, load_encoder, with_precision
 from hatemm_clip.fusion import fit_bundle
 from hatemm_clip.features import make_features
-from hatemm_clip.score import Scorer, format_scores
+from hatemm_clip.score import format_scores
+from hatemm_clip.scorer import Scorer
 
 provenance = cache(lambda: load_encoder(device='cpu').provenance())
 
@@ -111,9 +112,15 @@ def test_files_without_video(scorer, tmp_path):
     assert format_scores([scorer.score(tmp_path/'none.mp4')]).count('not scored') == 1
 
 
+def test_a_bundle_of_given_words_hears_none(tmp_path, videos):
+    scorer = Scorer(write_bundle(tmp_path, asr={}), 'cpu')
+    assert 'give the words with the file' in scorer.score(videos/'nasa_13013.mp4')['error']
+    check_scored(scorer.score(videos/'nasa_13013.mp4', text='good morning'))
+
+
 @pytest.mark.parametrize('made,told', [
     (dict(weights_sha256='0'*64), 'other weights of hatemm-tiny/demo'),
-    (dict(asr={}), r'of unknown make \(asr not recorded\)'),
+    (dict(pretrained=''), r'of unknown make \(pretrained not recorded\)'),
     (dict(encoder='ViT-Z'), 'unknown to open_clip')])
 def test_bundle_of_other_make(tmp_path, made, told):
     with pytest.raises(InputError, match=told): Scorer(write_bundle(tmp_path, **made), 'cpu')

@@ -22,7 +22,7 @@ from hatemm_clip.fusion import fit_bundle
 from hatemm_clip.keys import _file_hashes
 from hatemm_clip.known import has_clip, list_encoders
 from hatemm_clip.media import write_video
-from hatemm_clip.score import Scorer
+from hatemm_clip.scorer import Scorer
 from hatemm_clip.stages import absolute_paths
 from hatemm_clip.training import finetune, load_base
 from hatemm_clip.tuning import FinetuneConfig, MODES, make_clip_data
