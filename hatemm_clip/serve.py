@@ -493,14 +493,16 @@ def check_video(
     if info['width']*info['height'] > settings.max_pixels:
         raise ApiError(413, 'too_many_pixels', f'a frame has more than {settings.max_pixels:,} pixels')
 
-# %% ../nbs/90_serve.ipynb #670303f7
+# %% ../nbs/90_serve.ipynb #7fac52a2
 def tell_error(
     error: Exception | str, # about a file
     path: str | Path, # where it lay
     name: str, # what its sender calls it
+    bundle: str = '', # folder of what scored it
 ) -> str: # without the path
     "What went wrong, for who sent the file."
     told = str(error).replace(str(path), name)
+    if bundle: told = told.replace(bundle, 'the bundle')
     return re.sub(r'(?<![\w.])/(?:[\w.-]+/)+', '', told)
 
 # %% ../nbs/90_serve.ipynb #279f408b
@@ -590,7 +592,7 @@ def open_desk(): # yields a folder
     from filelock import FileLock
     with TemporaryDirectory(prefix=_DESK) as folder, FileLock(Path(folder, 'lock')): yield Path(folder)
 
-# %% ../nbs/90_serve.ipynb #dda1ac14
+# %% ../nbs/90_serve.ipynb #6b5d9afe
 _OVERCOMMIT = 4  # largest pictures that may be decoded at once
 
 
@@ -633,9 +635,8 @@ class Desk:
         "The answer to a job."
         served = self.models.pick(job.model)
         row = served.scorer.score_many([Item(job.name, str(path), job.text)])[0]
-        self.telemetry.scored.labels(served.name, 'error' if row['error'] else 'scored').inc()
-        if row['error']: raise InputError(tell_error(row['error'], path, job.name))
-        return video_answer(row, served.name)
+        try: return video_answer(_checked(self, served, row, path, job.name), served.name)
+        except ApiError as e: raise InputError(e.message) from None
 
 # %% ../nbs/90_serve.ipynb #6a94ceec
 def _said(text, **more): return field(metadata=dict(description=text), **more)
@@ -668,13 +669,13 @@ class Prediction:
     notes: list[str] = _said('what is odd about the file, or was missing')
     demo: bool = _said('trained on generated data: says nothing about real files')
 
-# %% ../nbs/90_serve.ipynb #38e755f7
+# %% ../nbs/90_serve.ipynb #2efef6c8
 @dataclass
 class Stretch:
     "A window of a video."
     start: float = _said('s')
     end: float = _said('s')
-    prob: float = _said('of `probability_of`')
+    prob: float = _said('that it is not the first class: of two, the probability of `probability_of`')
 
 
 @dataclass
@@ -759,7 +760,7 @@ class Readiness:
     ready: bool
     models: list[str]
 
-# %% ../nbs/90_serve.ipynb #dd443e88
+# %% ../nbs/90_serve.ipynb #88dbb508
 async def _answered(desk, future):
     "A row, unless it takes too long."
     try: return await asyncio.wait_for(asyncio.wrap_future(future), desk.settings.timeout)
@@ -770,7 +771,7 @@ async def _answered(desk, future):
 def _checked(desk, served, row, path, name):
     "A row that has no error."
     desk.telemetry.scored.labels(served.name, 'error' if row['error'] else 'scored').inc()
-    if row['error']: raise ApiError(422, 'cannot_score', tell_error(row['error'], path, name))
+    if row['error']: raise ApiError(422, 'cannot_score', tell_error(row['error'], path, name, desk.models.names[served.name]))
     return row
 
 

@@ -13,8 +13,8 @@ import threading
 import time
 import wave
 import zlib
-from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image, features
@@ -599,3 +599,76 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, 'hatemm_clip.serve')
     monkeypatch.delattr(hatemm_clip, 'serve')
     with pytest.raises(InputError, match=r"a server needs fastapi, .* pip install 'hatemm_clip\[serve\]'"): _server()
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    "One that looks and reads, with the shipped encoder."
+    from test_score import write_bundle
+    return write_bundle(tmp_path_factory.mktemp('real')/'tiny')
+
+
+def port_free(port):
+    try: socket.create_server(('127.0.0.1', port)).close()
+    except OSError: return False
+    return True
+
+
+@pytest.fixture(scope='module')
+def real(bundle, tmp_path_factory):
+    "The command, serving it; gives the port."
+    port = next(p for p in (5000, 5001, 5002, 5003) if port_free(p))
+    with open(tmp_path_factory.mktemp('log')/'log', 'w') as log:
+        process = subprocess.Popen([sys.executable, '-m', 'hatemm_clip', 'serve', str(bundle), '--port', str(port), '--device', 'cpu'], stderr=log)
+        while process.poll() is None:
+            try:
+                if httpx.get(f'http://127.0.0.1:{port}/readyz').status_code == 200: break
+            except httpx.ConnectError: pass
+            time.sleep(.1)
+        yield port
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.skipif(not shutil.which('curl'), reason='needs curl')
+def test_the_line_of_the_seed(real, bundle, tmp_path):
+    from hatemm_clip.scorer import Scorer
+    paint(size=(64, 48)).save(tmp_path/'image.png')
+    line = f"""curl -X POST -F "image=@{tmp_path}/image.png" -F "text=meme's associated sentence/text here" localhost:{real}/predict"""
+    answer = json.loads(subprocess.run(line, shell=True, capture_output=True, check=True).stdout)
+    row = Scorer(bundle, 'cpu').score(tmp_path/'image.png', "meme's associated sentence/text here")
+    assert list(answer)[:2] == ['prediction', 'probability'] and answer['model'] == 'tiny' and answer['probability_of'] == 'Hate'
+    assert answer['prediction'] == row['label'] and answer['probability'] == pytest.approx(row['prob'], abs=1e-5)
+    assert answer['threshold'] == pytest.approx(row['threshold']) and sum(answer['probabilities'].values()) == pytest.approx(1., abs=1e-5)
+
+
+def test_a_real_bundle_answers_everywhere(real, bundle, film):
+    client = httpx.Client(base_url=f'http://127.0.0.1:{real}', timeout=60.)
+    words = client.post('/predict/text', json=dict(text='bread costs less')).json()
+    assert any('no picture' in note for note in words['notes']) and words['needs_review']
+    found = client.post('/predict/video', files=dict(video=('film.mp4', film)), data=dict(text='bread costs less')).json()
+    assert found['transcript'] == 'bread costs less' and found['timeline'] and found['frames'] and set(found['modalities']) == {'image', 'text'}
+    assert client.post('/predict/video', files=dict(video=('film.mp4', film))).json()['transcript'] == ''
+    about = client.get('/model')
+    assert about.json()['modalities'] and about.json()['sha256'] and str(bundle) not in about.text and not LEAK.search(about.content)
+    for name in ('png RGBA', 'jpeg CMYK', 'png 16 bits', 'png of a row', 'png interlaced size 1', 'jpeg turned 6'):
+        check_answer(client.post('/predict', files=dict(image=GOOD[name]()), data=dict(text='👍\0')), [200])
+    check_answer(client.post('/predict/text', json=dict(text='')), [422])
+    check_answer(client.post('/predict', files=dict(image=PNG)), [200])
+
+
+def test_a_bundle_that_changes_on_the_disk_changes_nothing_and_is_not_loaded(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path/'copy')
+    with TestClient(make_app([copy], ServeSettings(device='cpu'))) as client:
+        while client.get('/readyz').status_code != 200: time.sleep(.05)
+        ask = lambda: client.post('/predict', files=dict(image=PNG), data=dict(text='words')).json()
+        before, about = ask(), client.get('/model').json()
+        (copy/'model.safetensors').write_bytes(os.urandom(2000))
+        (copy/'config.json').write_text('{}')
+        assert ask() == before and client.get('/model').json() == about
+    shutil.copy(bundle/'config.json', copy)
+    failed = []
+    with TestClient(make_app([copy], ServeSettings(device='cpu'), failed=failed.append)) as client:
+        while not failed: time.sleep(.05)
+        assert 'sha256 differs' in str(failed[0]) and client.get('/readyz').status_code == 503
+        assert client.post('/predict', files=dict(image=PNG)).json()['error']['code'] == 'broken'
