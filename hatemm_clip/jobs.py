@@ -134,7 +134,7 @@ def _job_of(row):
 MOST_TRIES = 3  # times that a job may be held by a process that dies
 _ORPHAN = 3600.  # s after which an upload without a job is one that broke off
 
-# %% ../nbs/89_jobs.ipynb #a8eb97f3
+# %% ../nbs/89_jobs.ipynb #6e89b6f2
 class JobStore:
     "Jobs in a folder, for any number of processes of one machine."
 
@@ -152,7 +152,8 @@ class JobStore:
             self._run(_SCHEMA)
             self._run('PRAGMA journal_mode=WAL')
         except (OSError, sqlite3.Error) as e:
-            raise InputError(f'{folder}: jobs cannot be kept there ({reason_of(e)}); name a folder that can be written') from e
+            raise InputError(f'{folder}: jobs cannot be kept there ({reason_of(e)}); '
+                             'name a folder that can be written') from e
 
     def _run(self, query, *values):
         "Rows of one statement, which is done whole or not at all."
@@ -216,15 +217,17 @@ class JobStore:
         error: str | None = None, # why there is none
     ) -> bool: # False: it was cancelled, or another holds it by now
         "Keep what came of a job, and let its upload go."
+        state, kept = 'failed' if error else 'done', None if result is None else json.dumps(result)
         rows = self._run(
-            "UPDATE jobs SET state=?, result=?, error=?, ended=?, text=NULL WHERE id=? AND owner=? AND state='running' RETURNING id",
-            'failed' if error else 'done', None if result is None else json.dumps(result), error, time.time(), id, owner)
+            '''UPDATE jobs SET state=?, result=?, error=?, ended=?, text=NULL
+            WHERE id=? AND owner=? AND state='running' RETURNING id''', state, kept, error, time.time(), id, owner)
         self._drop_uploads(rows)
         return bool(rows)
 
     def release(self, owner): # who stops
         "Let what a holder has begun wait again."
-        self._run("UPDATE jobs SET state='waiting', owner=NULL, tries=tries-1 WHERE owner=? AND state='running'", owner)
+        self._run(
+            "UPDATE jobs SET state='waiting', owner=NULL, tries=tries-1 WHERE owner=? AND state='running'", owner)
 
     def cancel(
         self,

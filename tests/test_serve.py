@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 import hatemm_clip
 from hatemm_clip.base import InputError
 from hatemm_clip.media import read_still, write_video
-from hatemm_clip.serve import make_app, ServeSettings
+from hatemm_clip.serve import make_app, serve, ServeSettings
 
 SMALL = dict(max_bytes=2 << 20, job_bytes=4 << 20, max_pixels=4_000_000, max_seconds=5., job_seconds=20., upload=1., timeout=3., max_files=4)
 LEAK = re.compile(rb'Traceback|File "|/tmp/|/work/|/srv/|/etc/|\.py\b|hatemm-serve')
@@ -541,12 +541,12 @@ def test_term_under_load_loses_no_request(tmp_path):
 def test_jobs_survive_a_kill(tmp_path, film):
     bundle, settings = bundle_in(tmp_path), dict(jobs_dir=str(tmp_path/'jobs'))
     server = Running([bundle], tmp_path/'tmp', **settings)
-    ids = [server.client.post('/jobs', files=dict(video=(f'{i}.mp4', film)), data=dict(text='sleep .5')).json()['id'] for i in range(4)]
-    time.sleep(.3)  # the first is under way
+    ids = [server.client.post('/jobs', files=dict(video=(f'{i}.mp4', film)), data=dict(text='sleep .3')).json()['id'] for i in range(4)]
+    time.sleep(.2)  # the first is under way
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
     assert len(list((tmp_path/'jobs/uploads').iterdir())) >= 3
     server = Running([bundle], tmp_path/'tmp', **settings)
-    for id in ids[1:]: assert wait_for(server, id, 'done')['result']['transcript'] == 'sleep .5'
+    for id in ids[1:]: assert wait_for(server, id, 'done')['result']['transcript'] == 'sleep .3'
     assert server.client.get(f'/jobs/{ids[0]}').json()['state'] in ('done', 'running')  # its lease must run out first
     assert len([p for p in (tmp_path/'tmp').glob('hatemm-serve-*')]) == 1  # what the killed one left is gone
     assert server.stop() == 0
@@ -583,10 +583,12 @@ def test_workers_share_nothing_but_the_disk(tmp_path, film):
 
 def test_what_can_be_said_without_a_model_is_said_first(hatemm, tmp_path):
     bundle = bundle_in(tmp_path)
+    for bundles, settings, told in ((['nowhere'], {}, 'nowhere: no bundle there'), ([bundle], dict(port=70_000), 'port 70000'), ([bundle], dict(queue=0), 'queue is 0'),
+                                    ([bundle, bundle], {}, 'both are called'), ([], {}, 'no bundle to serve'), ([bundle], dict(token='two words'), 'printable ASCII')):
+        with pytest.raises(InputError, match=told) as error: serve(bundles, ServeSettings(**settings))
+        assert '\n' not in str(error.value)
     (tmp_path/'empty').touch()
-    for args, told in ((['nowhere'], 'no bundle there'), ([bundle, '--token-file', tmp_path/'none'], 'cannot be read'), ([bundle, '--token-file', tmp_path/'empty'], 'is empty'),
-                       ([bundle, '--port', 70_000], 'port 70000'), ([bundle, '--queue', 0], 'queue is 0'), ([bundle, bundle], 'both are called'),
-                       ([bundle, '--host', '203.0.113.7'], '203.0.113.7:5000: cannot listen there')):
+    for args, told in (([bundle, '--token-file', tmp_path/'empty'], 'is empty'), ([bundle, '--host', '203.0.113.7'], '203.0.113.7:5000: cannot listen there')):
         done = hatemm('serve', *args)
         errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
         assert done.returncode == 2 and len(errors) == 1 and told in errors[0] and 'Traceback' not in done.stderr
