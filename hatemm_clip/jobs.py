@@ -41,7 +41,7 @@ def _score_items(score, items):
     try: return score(items)
     except Exception as e: return [e] if len(items) == 1 else _each_alone(score, items)
 
-# %% ../nbs/89_jobs.ipynb #4c6e03b1
+# %% ../nbs/89_jobs.ipynb #4465eaa0
 class Batcher:
     "Scores items together that wait at the same time, in a thread of its own."
 
@@ -49,12 +49,12 @@ class Batcher:
         self,
         score, # takes a list of items, gives as many rows
         most: int = 16, # items that are scored together
-        wait: float = .003, # s that the first of them waits for others
+        wait: float = .003, # s that the first waits for others, where the batch before had several
         room: int = 256, # items that may wait; one more is refused
         seen=None, # is told the size of each batch
     ):
         self._score, self._most, self._wait, self._room = score, most, wait, room
-        self._seen, self._closed, self._waiting = seen, False, deque()
+        self._seen, self._closed, self._crowded, self._waiting = seen, False, False, deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name='batcher', daemon=True)
         self._thread.start()
@@ -89,8 +89,10 @@ class Batcher:
         "The next batch; empty at the end."
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            self._changed.wait_for(lambda: len(self._waiting) >= self._most or self._closed, self._wait)
-            return [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            if self._crowded: self._changed.wait_for(lambda: len(self._waiting) >= self._most or self._closed, self._wait)
+            taken = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            self._crowded = len(taken) > 1
+            return taken
 
     def _work(self):
         while taken := self._take():

@@ -7,7 +7,7 @@ __all__ = ['bundle_names', 'load_scorer', 'Served', 'Models', 'open_desk', 'Desk
            'Words', 'Frame', 'VideoPrediction', 'answer_of', 'video_answer', 'BatchResult', 'Batch', 'JobView',
            'Readiness', 'page', 'make_app', 'Connection', 'serve']
 
-# %% ../nbs/90_serve.ipynb #f059b5ce
+# %% ../nbs/90_serve.ipynb #28147885
 import asyncio
 import json
 import logging
@@ -32,7 +32,7 @@ from time import sleep
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -578,7 +578,7 @@ _TEXT_BODY = _multipart(['text'], text=_TEXT)
 _TEXT_BODY['content']['application/json'] = dict(schema=_TEXT_BODY['content']['multipart/form-data']['schema'])
 _OF_WORK = _refusals(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
-# %% ../nbs/90_serve.ipynb #c5b6be0c
+# %% ../nbs/90_serve.ipynb #8c74167e
 _ROUTES = [ # method, path, function, what it gives, its body, what else
     ('POST', '/predict', _predict, Prediction, _multipart(['image'], image=_FILE, text=_TEXT), {}),
     ('POST', '/predict/video', _predict_video, VideoPrediction, _multipart(['video'], video=_FILE, text=_TEXT), {}),
@@ -587,6 +587,7 @@ _ROUTES = [ # method, path, function, what it gives, its body, what else
                                                texts=dict(type='array', items=_TEXT)), {}),
     ('POST', '/jobs', _submit_job, JobView, _multipart(['video'], video=_FILE, text=_TEXT), dict(status_code=202))]
 
+_PLAIN = {200: dict(content={'text/plain': dict(schema=_TEXT)})}
 _OF_JOB = dict(response_model=JobView, responses=_refusals(401, 404, 422, 429))
 _OTHERS = [ # path, function, tag, what else
     ('/jobs/{id}', _get_job, 'score', _OF_JOB),
@@ -594,7 +595,7 @@ _OTHERS = [ # path, function, tag, what else
     ('/model', _describe_model, 'about', dict(response_model=dict, responses=_refusals(401, 404, 422, 429, 503))),
     ('/healthz', _healthz, 'about', dict(response_model=dict[str, bool])),
     ('/readyz', _readyz, 'about', dict(response_model=Readiness, responses={503: dict(model=Readiness)})),
-    ('/metrics', _metrics, 'about', dict(response_class=PlainTextResponse, responses=_refusals(401, 429))),
+    ('/metrics', _metrics, 'about', dict(response_class=Response, responses=_refusals(401, 429) | _PLAIN)),
     ('/', _try_page, 'pages', dict(response_class=HTMLResponse)),
     ('/docs', _docs_page, 'pages', dict(response_class=HTMLResponse))]
 
@@ -685,12 +686,18 @@ class Connection(H11Protocol):
     def data_received(self, data):
         if not self._deaf: super().data_received(data)
 
-# %% ../nbs/90_serve.ipynb #28785a45
+# %% ../nbs/90_serve.ipynb #8f246b8a
 def _listen(settings):
     "A socket that listens; a port in use is said in one line."
     family = socket.AF_INET6 if ':' in settings.host else socket.AF_INET
-    try: return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves answers to Nagle
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+        return listener
     except OSError as e:
+        listener.close()
         raise InputError(f'{settings.host}:{settings.port}: cannot listen there ({reason_of(e)}); '
                          'end what does, or name another --port') from e
 
