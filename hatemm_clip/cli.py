@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import typer
@@ -575,7 +576,7 @@ def encoders(json_file: str = JSON):
     if json_file != '-': print(format_encoders(rows))
 
 # %% ../nbs/97_cli.ipynb #a3102eb4
-BENCHES = ('decode', 'asr', 'embed', 'finetune', 'fusion')
+BENCHES = dict.fromkeys(('decode', 'asr', 'embed', 'finetune', 'fusion'), 'bench') | dict.fromkeys(('score', 'serve'), 'bench_use')  # name → module
 
 
 def _print_bench(result):
@@ -586,8 +587,8 @@ def _print_bench(result):
 @app.command()
 def bench(name: str = typer.Argument(..., help=f"One of {', '.join(BENCHES)}."), json_file: str = JSON):
     "Measure this machine, side by side, as ratios."
-    from hatemm_clip import bench as benches
     from hatemm_clip.stages import one_of
-    result = getattr(benches, f"bench_{one_of(name, BENCHES, 'bench')}")()
+    module = import_module(f"hatemm_clip.{BENCHES[one_of(name, BENCHES, 'bench')]}")
+    result = getattr(module, f'bench_{name}')()
     _emit(result, json_file)
     if json_file != '-': _print_bench(result)

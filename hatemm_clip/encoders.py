@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OWN', 'FINETUNED', 'PRECISIONS', 'SMALL', 'CHUNK', 'AUDIO', 'pick_device', 'Encoder', 'tower_names', 'load_encoder',
            'check_aligned', 'merge_adapter', 'faster_precision', 'with_precision', 'encoder_of', 'preprocess_frames',
-           'encode_frames', 'read_inputs', 'fill_batch', 'text_windows', 'encode_tokens', 'encode_texts', 'mel_filters',
-           'mfcc', 'AudioEncoder', 'load_audio_encoder']
+           'encode_frames', 'read_inputs', 'fill_batch', 'text_windows', 'shorten_tokens', 'encode_tokens',
+           'encode_texts', 'mel_filters', 'mfcc', 'AudioEncoder', 'load_audio_encoder']
 
 # %% ../nbs/18_encoders.ipynb #5aec815e
 import hashlib
@@ -422,6 +422,34 @@ def text_windows(
     if current: windows.append(current)
     return [dict(start=round(w[0][0], 3), end=round(w[-1][1], 3), text=' '.join(t for *_, t, _ in w)) for w in windows]
 
+# %% ../nbs/18_encoders.ipynb #20933e9f
+def _last_tokens(encoder, tokens):
+    "Where each text ends, (S,); None: it cannot be told."
+    if not encoder.aligned:
+        pad = getattr(encoder.model.text, 'pad', None)
+        return None if pad is None else (tokens != pad).long().cumsum(1).argmax(1)
+    causal = getattr(encoder.model, 'attn_mask', None) is not None and hasattr(encoder.model, 'token_embedding')
+    return tokens.argmax(1) if causal and encoder.model.text_pool_type == 'argmax' else None
+
+
+def shorten_tokens(
+    encoder: Encoder,
+    tokens: torch.Tensor, # from the encoder's tokenizer, int, shape (S, L)
+) -> torch.Tensor: # shape (S, l), l ≤ L; the same vectors come of it
+    "Cut tokens off behind the longest text, to a multiple of 16, where the tower allows it."
+    last = _last_tokens(encoder, tokens)
+    return tokens if last is None else tokens[:, :16*(int(last.max())//16 + 1)]
+
+# %% ../nbs/18_encoders.ipynb #d32b66af
+def _encode_short(model, tokens):
+    "As `encode_text` of an open_clip CLIP, at the length of the tokens; vectors are those of the last ones."
+    n, kind = tokens.shape[1], model.transformer.get_cast_dtype()
+    x = model.token_embedding(tokens).to(kind) + model.positional_embedding[:n].to(kind)
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))
+    x = x[torch.arange(len(x)), tokens.argmax(1)]
+    if model.text_projection is None: return x
+    return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Module) else x @ model.text_projection
+
 # %% ../nbs/18_encoders.ipynb #2b292495
 def encode_tokens(
     encoder: Encoder,
@@ -429,8 +457,9 @@ def encode_tokens(
 ) -> torch.Tensor: # unit vectors, float32, shape (S, D)
     "Embed texts that are tokens already."
     _check_tower(encoder, 'text')
-    with torch.inference_mode():
-        return F.normalize(encoder.model.encode_text(tokens.to(encoder.device)).float(), dim=-1).cpu()
+    short = tokens.shape[1] < encoder.context_length and encoder.aligned
+    encode = partial(_encode_short, encoder.model) if short else encoder.model.encode_text
+    with torch.inference_mode(): return F.normalize(encode(tokens.to(encoder.device)).float(), dim=-1).cpu()
 
 # %% ../nbs/18_encoders.ipynb #7bc14763
 def encode_texts(

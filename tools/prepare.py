@@ -12,8 +12,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-GROUPS = {'Ground': '000', 'Data': '00_', 'Numbers': '05', 'Speech': '07', 'Features': '15', 'Fine-tuning': '26', 'Fusion': '34',
-          'Robustness': '46', 'Reading': '58', 'Use': '88', 'Running': '91'}  # group → number of its first room
+GROUPS = {'Ground': '000', 'Data': '00_', 'Numbers': '05', 'Speech': '07', 'Features': '15', 'Fine-tuning': '26', 'Fusion': '33',
+          'Robustness': '46', 'Reading': '58', 'Use': '82', 'Running': '91_s'}  # group → number of its first room
 
 
 def read_room(path):
