@@ -43,7 +43,7 @@ from .gate import (
     invalid_query, kind_of, log_json, OPEN, open_header, picture_size, read_form, ServeSettings, Telemetry, tell_error)
 from .jobs import Batcher, JobRunner, JobStore, QueueFull
 
-# %% ../nbs/90_serve.ipynb #18eb4d29
+# %% ../nbs/90_serve.ipynb #24e20b4f
 def bundle_names(
     bundles: list, # folders
 ) -> dict[str, str]: # name → folder; the first is the default
@@ -54,7 +54,7 @@ def bundle_names(
         if not (folder/'config.json').is_file():
             raise InputError(f"{bundle}: no bundle there (config.json is missing); "
                              "`hatemm run` writes one to runs/NAME/bundle")
-        name = folder.parent.name if folder.name == 'bundle' else folder.name
+        name = (folder.parent.name if folder.name == 'bundle' else '') or folder.name
         if name in names:
             raise InputError(f"{bundle} and {names[name]}: both are called {name!r}; rename one of the folders")
         names[name] = str(bundle)
