@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'bundle_app', 'BENCHES', 'main', 'demo', 'fetch', 'init',
-           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'bundle_about',
+           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'bundle_about', 'serve',
            'encoders', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
@@ -505,6 +505,66 @@ def bundle_about(path: str = typer.Argument(..., metavar='BUNDLE', help='A bundl
     about = bundle_info(path)
     _emit(about, json_file)
     if json_file != '-': print(format_bundle(about))
+
+# %% ../nbs/97_cli.ipynb #b8bc4df8
+_OF_SERVER = ('fastapi', 'starlette', 'uvicorn', 'multipart', 'python_multipart', 'prometheus_client')
+
+
+def _server():
+    "The room of the server, if what it needs is installed."
+    from hatemm_clip.base import InputError
+    try:
+        import python_multipart
+        from hatemm_clip import serve
+    except ModuleNotFoundError as e:
+        if (e.name or '').split('.')[0] not in _OF_SERVER: raise
+        raise InputError(f"a server needs {e.name}, which is not installed: pip install 'hatemm_clip[serve]'") from None
+    return serve
+
+# %% ../nbs/97_cli.ipynb #f00ef8eb
+def _read_token(file):
+    "The token that clients must send; '' for none."
+    from hatemm_clip.base import InputError, reason_of
+    if not file: return os.environ.get('HATEMM_TOKEN', '')
+    try: token = Path(file).read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as e: raise InputError(f'--token-file {file}: cannot be read ({reason_of(e)})') from e
+    if not token: raise InputError(f'--token-file {file}: is empty; write a token into it, such as `openssl rand -hex 32` prints')
+    return token
+
+# %% ../nbs/97_cli.ipynb #bef13578
+def _warn_of_others(settings):
+    "Say who can reach a server that asks for no token."
+    if settings.token or settings.host in ('127.0.0.1', '::1', 'localhost'): return
+    print(f'warning: whoever reaches {settings.host} can use this server; give --token-file FILE or HATEMM_TOKEN', file=sys.stderr)
+
+# %% ../nbs/97_cli.ipynb #3c061762
+@app.command()
+def serve(
+    bundles: list[str] = typer.Argument(..., help='Bundle folders; the first answers who names none.'),
+    host: str = typer.Option('127.0.0.1', help='Address to listen on.'),
+    port: int = typer.Option(5000, help='0: any that is free.'),
+    workers: int = typer.Option(1, help='Processes, each with its own copy of the models.'),
+    device: str = typer.Option('auto', help='cpu, cuda or auto.'),
+    token_file: str = typer.Option('', metavar='FILE', help='Holds the token that clients must send; or set HATEMM_TOKEN.'),
+    jobs_dir: str = typer.Option('', metavar='FOLDER', help='Jobs are kept there and survive a restart; by default they end with the server.'),
+    rate: int = typer.Option(0, help='Requests a minute from one address; 0: as many as come.'),
+    proxy: str = typer.Option('', help='Address of a proxy whose X-Forwarded-For is believed.'),
+    max_mb: float = typer.Option(64., help='Megabytes that a request may have.'),
+    max_pixels: int = typer.Option(50_000_000, help='Pixels that a picture or a frame may have.'),
+    max_seconds: float = typer.Option(180., help='Seconds that a video may last; a longer one is a job.'),
+    queue: int = typer.Option(64, help='Requests under way, by worker; one more is refused.'),
+    concurrency: int = typer.Option(1, help='Videos scored at once, by worker.'),
+    batch: int = typer.Option(16, help='Pictures scored together, at most.'),
+    timeout: float = typer.Option(120., help='Seconds that scoring may take.'),
+    keep: float = typer.Option(24., help='Hours that the result of a job is kept.'),
+):
+    "Answer over HTTP what bundles say: GET / is a page to try it."
+    room = _server()
+    settings = room.ServeSettings(
+        host, port, workers, device, _read_token(token_file), rate, proxy, max_bytes=int(max_mb*2**20), max_pixels=max_pixels,
+        max_seconds=max_seconds, queue=queue, concurrency=concurrency, batch=batch, timeout=timeout, jobs_dir=jobs_dir, keep=keep*3600)
+    _warn_of_others(settings)
+    room.serve(bundles, settings)
 
 # %% ../nbs/97_cli.ipynb #2b988d54
 @app.command()

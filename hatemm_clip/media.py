@@ -7,6 +7,7 @@ __all__ = ['SPEECH_SR', 'LEAST_RATE', 'STILLS', 'OFFSET', 'LENGTHS', 'write_vide
            'steady_times', 'Note', 'Damage', 'decode_packets', 'read_still', 'Contents', 'read_contents', 'probe']
 
 # %% ../nbs/001_media.ipynb #12cc0c3d
+import io
 import os
 import re
 from array import array
@@ -269,41 +270,45 @@ def _over_white(image):
 _DRAFT = 2000  # pixels that are left of the shorter side of a JPEG that is too large, at least
 
 
-def _open_picture(path):
+def _open_picture(source, name): # a path, or an open file
     "An open picture of Pillow; a JPEG that is too large is made smaller as it is decoded."
     from PIL import Image, JpegImagePlugin
-    try: return Image.open(path)
+    try: return Image.open(source)
     except Image.DecompressionBombError as e: refused = e
-    try: image = JpegImagePlugin.JpegImageFile(path)
+    if hasattr(source, 'seek'): source.seek(0)
+    try: image = JpegImagePlugin.JpegImageFile(source)
     except SyntaxError: image = None
     if image is not None:
         image.draft(image.mode, (_DRAFT, _DRAFT))
         if image.width*image.height <= Image.MAX_IMAGE_PIXELS: return image
     many = int(re.search(r'\d+', str(refused))[0])/1e6
-    raise MediaError(f"{path}: {many:.0f} million pixels are too many to decode; make the picture smaller") from refused
+    raise MediaError(f"{name}: {many:.0f} million pixels are too many to decode; make the picture smaller") from refused
 
 # %% ../nbs/001_media.ipynb #3ea83aa4
 def read_still(
-    path: str | Path, # a picture
+    source: str | Path | bytes, # a picture: where it is, or itself
+    name: str | None = None, # what messages call it; None: its path
 ) -> np.ndarray: # uint8 RGB, shape (H, W, 3)
     "Decode a picture as a viewer shows it."
     from PIL import ImageOps
+    name = name or ('picture' if isinstance(source, bytes) else source)
+    if isinstance(source, bytes): source = io.BytesIO(source)
     try:
-        with _open_picture(path) as file: image = ImageOps.exif_transpose(file)
+        with _open_picture(source, name) as file: image = ImageOps.exif_transpose(file)
         if image.mode[0] in 'IF': image = _eight_bits(image)
         if image.has_transparency_data: image = _over_white(image)
         return np.asarray(image.convert('RGB'))
     except MediaError: raise
-    except FileNotFoundError: raise MediaError(f"{path}: no such file") from None
+    except FileNotFoundError: raise MediaError(f"{name}: no such file") from None
     except (OSError, ValueError, SyntaxError) as e:
-        raise MediaError(f"{path}: the picture cannot be decoded ({reason_of(e)}); fetch or export it again") from e
+        raise MediaError(f"{name}: the picture cannot be decoded ({reason_of(e)}); fetch or export it again") from e
 
 # %% ../nbs/001_media.ipynb #2e7b9522
 def _still_format(path):
     "The format of a picture, as in STILLS; None: it is none."
     from PIL import UnidentifiedImageError
     try:
-        with _open_picture(path) as image: return image.format if image.format in STILLS else None
+        with _open_picture(path, path) as image: return image.format if image.format in STILLS else None
     except MediaError: raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError): return None
 
