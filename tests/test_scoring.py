@@ -224,3 +224,14 @@ def test_a_pickle_in_a_bundle_is_not_opened(bundle, tmp_path):
     (evil/'model.safetensors').write_bytes(b'cos\nsystem\n(S"touch /tmp/owned"\ntR.')
     with pytest.raises(InputError, match='sha256 differs'): Scorer(evil, 'cpu')
     assert not os.path.exists('/tmp/owned')
+
+
+@pytest.mark.parametrize('args', [['-h'], ['score', '-h'], ['bundle', 'info', '-h'], ['serve', '-h']])
+def test_help_answers_without_a_model(args, hatemm):
+    done = hatemm(*args)
+    assert done.returncode == 0 and done.stdout.startswith('Usage: ')
+
+
+def test_a_shell_completes_commands(hatemm, monkeypatch):
+    for name, value in dict(_HATEMM_COMPLETE='complete_bash', COMP_WORDS='hatemm sc', COMP_CWORD='1').items(): monkeypatch.setenv(name, value)
+    assert hatemm().stdout.split() == ['score']
