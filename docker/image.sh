@@ -16,11 +16,11 @@ install() {
         --python "$python" "$@" "$here[serve]"
     # 1 GB that openai-whisper asks for, and uses on GPUs alone.
     "$prefix/bin/uv" pip uninstall --quiet --python "$python" triton 2>/dev/null || true
-    "$prefix/bin/hatemm" --version
 }
 
 check() {
     bundle=$1 port=${PORT:-5055}
+    "$prefix/bin/hatemm" --version
     mkdir -p "${TMPDIR:-/tmp}/jobs"
     "$prefix/bin/hatemm" serve "$bundle" --host 127.0.0.1 --port "$port" --jobs-dir "${TMPDIR:-/tmp}/jobs" &
     server=$!

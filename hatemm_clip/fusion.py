@@ -608,7 +608,8 @@ def clip_lengths(
 
 # %% ../nbs/40_fusion.ipynb #aa3ca572
 def _made_for(run, features):
-    "Provenance of a run's features, with how its videos were cut."
+    "Provenance of a run's features, with how its videos were cut where the run has them."
+    if not run.clips.exists(): return features.provenance
     return dict(features.provenance, clips=clip_lengths(read_table(run.clips)))
 
 # %% ../nbs/40_fusion.ipynb #8caa802e
