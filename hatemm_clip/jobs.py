@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_TRIES', 'QueueFull', 'Batcher', 'Job', 'JobStore', 'JobRunner']
 
-# %% ../nbs/89_jobs.ipynb #8770ae8d
+# %% ../nbs/89_jobs.ipynb #5998f0e3
 import json
 import logging
 import os
@@ -18,6 +18,7 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .base import InputError, reason_of, remove
@@ -277,7 +278,7 @@ def _is_older(file, moment):
     try: return file.stat().st_mtime < moment
     except FileNotFoundError: return False
 
-# %% ../nbs/89_jobs.ipynb #54bca562
+# %% ../nbs/89_jobs.ipynb #36cd333e
 _LOG = logging.getLogger('hatemm.jobs')
 
 
@@ -292,7 +293,8 @@ class JobRunner:
         pause: float = .5, # s between looks at an empty queue
     ):
         self.store, self.score, self.models, self.pause = store, score, list(models), pause
-        self.owner, self._stopped = f'{os.getpid()}-{secrets.token_hex(8)}', threading.Event()
+        self.owner = f'{os.getpid()}-{secrets.token_hex(8)}'
+        self._stopped, self._ended = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=f, name=f.__name__, daemon=True) for f in (self._work, self._beat)]
 
     def start(self):
@@ -305,14 +307,22 @@ class JobRunner:
     ):
         "Begin nothing more; what does not end in time waits for the next process."
         self._stopped.set()
-        if self._threads[0].is_alive(): self._threads[0].join(timeout)
+        work, beat = self._threads
+        if work.is_alive(): work.join(timeout)
+        self._ended.set()
+        if beat.is_alive(): beat.join()
         self.store.release(self.owner)
 
     def _work(self):
         while not self._stopped.is_set():
-            job = self.store.claim(self.owner, self.models)
+            job = self._asked(self.store.claim, self.owner, self.models)
             if job: self._do(job)
             else: self._stopped.wait(self.pause)
+
+    def _asked(self, what, *args):
+        "What the store says; a disk that fails for a moment does not end the work."
+        try: return what(*args)
+        except (sqlite3.Error, OSError) as e: _LOG.error('the jobs cannot be reached: %s', type(e).__name__)
 
     def _do(self, job):
         try: found = dict(result=self.score(job, self.store.upload(job.id)))
@@ -320,11 +330,9 @@ class JobRunner:
         except Exception as e:
             _LOG.error('a job failed: %s', type(e).__name__)
             found = dict(error='this file could not be scored')
-        self.store.finish(job.id, self.owner, **found)
+        self._asked(partial(self.store.finish, job.id, self.owner, **found))
 
     def _beat(self):
-        while self._threads[0].is_alive():
-            self.store.beat(self.owner)
-            self.store.purge()
-            self._stopped.wait(self.store.lease/3)
-            if self._stopped.is_set(): time.sleep(self.store.lease/10)  # the last job may still be under way
+        while not self._ended.wait(self.store.lease/3):
+            self._asked(self.store.beat, self.owner)
+            self._asked(self.store.purge)

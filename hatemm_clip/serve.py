@@ -652,8 +652,9 @@ def make_app(
     if settings.token: _secure(app)
     return app
 
-# %% ../nbs/90_serve.ipynb #2298c0c9
-_MOMENT = .5  # s in which a connection without a request may still send one, while the server stops
+# %% ../nbs/90_serve.ipynb #26f97714
+_MOMENT = .5  # s in which an idle connection may still send a request, while the server stops
+_CLOSE = (b'connection', b'close')
 
 
 class Connection(H11Protocol):
@@ -667,8 +668,14 @@ class Connection(H11Protocol):
         if self.cycle is None and not self.transport.is_closing(): self.transport.close()
 
     def shutdown(self):
-        if self.cycle is None and not self.transport.is_closing(): self.loop.call_later(_MOMENT, self._end)
-        else: super().shutdown()
+        "Answer what is under way, and say that it is the last; an idle connection has a moment for one more request."
+        state = self.server_state
+        if _CLOSE not in state.default_headers: state.default_headers = [*state.default_headers, _CLOSE]
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if busy:
+            self.cycle.default_headers = state.default_headers
+            super().shutdown()
+        elif not self.transport.is_closing(): self.loop.call_later(_MOMENT, self._end)
 
     def _end(self):
         if not self.transport.is_closing(): super().shutdown()

@@ -13,6 +13,7 @@ import threading
 import time
 import wave
 import zlib
+from http.client import HTTPConnection, HTTPException
 
 import httpx
 import numpy as np
@@ -515,21 +516,22 @@ def test_several_bundles(tmp_path):
 
 # How it ends
 
-def test_term_under_load_loses_no_request(tmp_path):
+@pytest.mark.parametrize('kept', [False, True], ids=['a connection each', 'connections that are kept'])
+def test_term_under_load_loses_no_request(kept, tmp_path):
     server, answers, lost = Running([bundle_in(tmp_path)], tmp_path/'tmp'), [], []
+    body, headers = part(b'text', b'sleep .02') + BODY, {'content-type': 'multipart/form-data; boundary=B'} | ({} if kept else {'connection': 'close'})
 
     def ask():
+        link = HTTPConnection('127.0.0.1', server.port, timeout=20)
         while True:
             try:
-                with socket.create_connection(('127.0.0.1', server.port), 10) as link:
-                    text = part(b'text', b'sleep .02')
-                    body = text + BODY
-                    link.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n' % len(body) + FORM + b'\r\n' + body)
-                    head, _ = read_raw(link)
+                link.request('POST', '/predict', body, headers)
+                answer = link.getresponse()
+                answer.read()
             except ConnectionRefusedError: return
-            except ConnectionError as e: return lost.append(e)
-            if ' 200 ' not in head: return lost.append(head)
-            answers.append(head)
+            except (OSError, HTTPException) as e: return lost.append(e)
+            if answer.status != 200: return lost.append(answer.status)
+            answers.append(answer.status)
     askers = [threading.Thread(target=ask) for _ in range(8)]
     for asker in askers: asker.start()
     time.sleep(.7)
