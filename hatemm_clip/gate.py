@@ -27,6 +27,7 @@ import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest, Histogram
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -414,6 +415,12 @@ def _parsing_error(error):
     return ApiError(400, 'bad_form', ': '.join(['the multipart body cannot be read', *[reason]*bool(reason)]))
 
 
+def _renamed(form, needed):
+    "A form whose fields have the first of their names."
+    first = {other: name for name, *others in (names.split('|') for names in needed) for other in others}
+    return FormData([(first.get(name, name), value) for name, value in form.multi_items()])
+
+
 def _check_fields(form, needed, words):
     "Stop at a field that is unknown, missing or of the wrong kind."
     known = (*needed, *words)
@@ -430,7 +437,7 @@ def _check_fields(form, needed, words):
 @asynccontextmanager
 async def read_form(
     request: Request,
-    needed: tuple, # names of fields that must hold a file
+    needed: tuple, # names of fields that must hold a file; `video|file`: either name, given as the first
     words: tuple, # names of fields that may hold text
     settings: ServeSettings,
     most: int = 1, # files, and texts, by field
@@ -439,14 +446,15 @@ async def read_form(
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind != 'multipart/form-data': raise ApiError(415, 'not_multipart', 'send multipart/form-data, as curl -F does')
     limits = dict(max_files=most*len(needed), max_fields=most*len(words), max_part_size=4*settings.max_text)
-    try: form = await request.form(**limits)
+    try: sent = await request.form(**limits)
     except ApiError: raise
     except (HTTPException, ClientDisconnect, ValueError, LookupError, RuntimeError) as e:
         raise _parsing_error(e) from e
     try:
-        _check_fields(form, needed, words)
+        form = _renamed(sent, needed)
+        _check_fields(form, [name.partition('|')[0] for name in needed], words)
         yield form
-    finally: await form.close()
+    finally: await sent.close()
 
 # %% ../nbs/87_gate.ipynb #13c60743
 @lru_cache

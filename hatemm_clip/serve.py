@@ -425,7 +425,7 @@ async def _predict_video(request: Request, model: str | None = None):
     "Score a video or a sound; without a text, what is said in it is heard."
     desk = _desk(request)
     served = desk.models.pick(model)
-    async with read_form(request, ('video',), ('text',), desk.settings) as form:
+    async with read_form(request, ('video|file',), ('text',), desk.settings) as form:
         part = form['video']
         return await _score_video(desk, served, part.file, clean_name(part.filename), _words(form, desk.settings))
 
@@ -473,7 +473,7 @@ async def _submit_job(request: Request, response: Response, model: str | None = 
     "Take a video to be scored later; it is on the disk when the answer comes."
     desk = _desk(request)
     served = desk.models.pick(model)
-    async with read_form(request, ('video',), ('text',), desk.settings) as form:
+    async with read_form(request, ('video|file',), ('text',), desk.settings) as form:
         part, text, path = form['video'], _words(form, desk.settings), desk.folder/token_hex(16)
         name = clean_name(part.filename)
         try:

@@ -362,6 +362,13 @@ def test_a_video(server, film):
     for data in (wav(1.), MOVES): check_answer(server.client.post('/predict/video', files=dict(video=('x', data))), [200])
 
 
+def test_a_video_may_be_called_a_file(server, film):
+    called = [server.client.post('/predict/video', files={name: ('film.mp4', film)}, data=dict(text='what is said')).json() for name in ('video', 'file')]
+    assert called[0] == called[1] and 'probability' in called[0]
+    both = server.client.post('/predict/video', files=dict(video=film, file=film))
+    check_answer(both, [400, 413, 422])
+
+
 @pytest.mark.parametrize('name, data, status', [
     ('picture', PNG, 415), ('words', b'words', 415), ('too long', wav(6.), 413), ('playlist', b'#EXTM3U\n/etc/passwd\n', 415), ('dash', b'<MPD type="static"></MPD>', 415),
     ('concat', b"ffconcat version 1.0\nfile '/etc/passwd'\n", 415), ('sdp', b'v=0\no=- 0 0 IN IP4 127.0.0.1\n', 415), ('box alone', b'\0\0\0 ftypisom' + bytes(50), 422), ('matroska head', b'\x1aE\xdf\xa3' + bytes(50), 422),
