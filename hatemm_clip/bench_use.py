@@ -52,8 +52,8 @@ def speed_bundle(
 def _command_seconds(bundle, files):
     "Seconds that a command takes for each file."
     began = time.perf_counter()
-    for file in files:
-        subprocess.run([sys.executable, '-m', 'hatemm_clip', 'score', str(bundle), str(file), '--device', 'cpu'], check=True, capture_output=True)
+    command = [sys.executable, '-m', 'hatemm_clip', 'score', str(bundle), '--device', 'cpu']
+    for file in files: subprocess.run([*command, str(file)], check=True, capture_output=True)
     return (time.perf_counter() - began)/len(files)
 
 
@@ -144,11 +144,13 @@ def serving(
 ): # yields the port and the process
     "Run a server for as long as the block lasts."
     port = _free_port()
-    process = subprocess.Popen([part.format(port=port) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([part.format(port=port) for part in command], **quiet)
     try:
         end = time.perf_counter() + seconds
         while not _is_ready(port):
-            if process.poll() is not None or time.perf_counter() > end: raise InputError(f"{command[-1]}: the server did not start")
+            if process.poll() is not None or time.perf_counter() > end:
+                raise InputError(f'{command[-1]}: the server did not start')
             time.sleep(.2)
         yield port, process
     finally:
@@ -168,7 +170,8 @@ def picture_form(
     file = io.BytesIO()
     Image.fromarray(small).resize((400, 300)).save(file, 'JPEG')
     head = '--cut\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n'
-    parts = [head.format('image', '; filename="a.jpg"').encode() + file.getvalue(), head.format('text', '').encode() + _TEXT.encode()]
+    parts = [head.format('image', '; filename="a.jpg"').encode() + file.getvalue(),
+             (head.format('text', '') + _TEXT).encode()]
     return b'\r\n'.join(parts) + b'\r\n--cut--\r\n', 'multipart/form-data; boundary=cut'
 
 # %% ../nbs/94_bench_use.ipynb #dd5eccbe
@@ -226,7 +229,8 @@ def _memory_rows(bundle, requests):
         for share in (requests//10, requests - requests//10):
             clients.send(share)
             sizes.append(_megabytes(process))
-    rows = [make_row('requests that failed', clients.failed, ''), make_row(f'memory after {requests//10} requests', sizes[0], 'MB'),
+    rows = [make_row('requests that failed', clients.failed, ''),
+            make_row(f'memory after {requests//10} requests', sizes[0], 'MB'),
             make_row(f'memory after {requests} requests', sizes[1], 'MB')]
     return rows, dict(memory_after_vs_before=sizes[1]/sizes[0])
 
@@ -255,7 +259,8 @@ def bench_serve(
 ) -> dict: # name, machine, rows of what, value, unit; ratios
     "Compare the server with one that takes a request at a time."
     with tempfile.TemporaryDirectory() as folder:
-        bundle, took = speed_bundle(Path(folder), encoder, precision), dict.fromkeys(('one at a time', 'this server'), 0.)
+        bundle = speed_bundle(Path(folder), encoder, precision)
+        took = dict.fromkeys(('one at a time', 'this server'), 0.)
         with serving(_reference(bundle)) as (theirs, _), serving(_our_server(bundle)) as (ours, _):
             asked = {'one at a time': Clients(theirs, clients), 'this server': Clients(ours, clients)}
             for contender in asked.values(): contender.send(2*clients)  # warms up

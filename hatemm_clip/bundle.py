@@ -23,7 +23,8 @@ def bytes_sha256(
 def _is_text(value): return isinstance(value, str)
 def _is_dict(value): return isinstance(value, dict)
 def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
-def _are_widths(value): return _is_dict(value) and bool(value) and all(isinstance(d, int) and 0 <= d < 10**6 for d in value.values())
+def _is_width(value): return isinstance(value, int) and 0 <= value < 10**6
+def _are_widths(value): return _is_dict(value) and bool(value) and all(map(_is_width, value.values()))
 def _are_labels(value): return isinstance(value, list) and len(value) > 1 and all(map(_is_text, value))
 
 
@@ -44,8 +45,8 @@ def read_config(
     lacking = [k for k in _NEEDED if not isinstance(config, dict) or k not in config]
     if lacking: raise InputError(f"{path}: lacks {', '.join(lacking)}; write the bundle again")
     wrong = next((k for k, is_right in _NEEDED.items() if not is_right(config[k])), None)
-    if wrong: raise InputError(f"{path}: {wrong} is {str(config[wrong])[:40]!r}, which no bundle has; write the bundle again")
-    return config
+    if not wrong: return config
+    raise InputError(f"{path}: {wrong} is {str(config[wrong])[:40]!r}, which no bundle has; write the bundle again")
 
 # %% ../nbs/33_bundle.ipynb #b92c69df
 def read_whole(

@@ -30,10 +30,13 @@ class Item:
 SCORED_SUFFIXES = MEDIA_SUFFIXES | {'.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff'}
 
 
+def _is_hidden(path, folder): return any(part.startswith('.') for part in path.relative_to(folder).parts)
+
+
 def _media_in(folder):
     "Media files in a folder and below, by their names; hidden ones are left out."
-    inside = (p for p in sorted(folder.rglob('*')) if not any(part.startswith('.') for part in p.relative_to(folder).parts))
-    found = [str(p) for p in inside if p.suffix.lower() in SCORED_SUFFIXES and p.is_file()]
+    named = (p for p in sorted(folder.rglob('*')) if p.suffix.lower() in SCORED_SUFFIXES)
+    found = [str(p) for p in named if not _is_hidden(p, folder) and p.is_file()]
     if found: return found
     raise InputError(f"{folder}: no video, sound or picture in this folder; it looks for names such as *.mp4 and *.png")
 
@@ -43,7 +46,8 @@ def _is_url(name): return re.match(r'[a-z][a-z0-9+.-]+://', name, re.IGNORECASE)
 
 def _files_of(name):
     "The files that a name stands for; a file that does not exist stands for itself."
-    if _is_url(name): raise InputError(f'{name}: a URL, and nothing is fetched; download it, and give the name of the file')
+    if _is_url(name):
+        raise InputError(f'{name}: a URL, and nothing is fetched; download it, and give the name of the file')
     path = Path(name)
     if path.is_dir(): return _media_in(path)
     if path.exists() or not has_magic(name): return [name]
@@ -100,9 +104,11 @@ def find_items(
         if text is not None: raise InputError('--text and --table are both given; put the words into the table')
         given = read_item_table(table)
         return given + ([Item(f, f) for f in find_files(names, listed)] if names else [])
-    if text is not None and not text.strip(): raise InputError('--text is empty; leave it out, and words are heard in the sound')
+    if text is not None and not text.strip():
+        raise InputError('--text is empty; leave it out, and words are heard in the sound')
     if text is not None and not names: return [Item('text', text=text)]
     files = find_files(names, listed)
     if text is not None and len(files) > 1:
-        raise InputError(f'--text goes with one file, and there are {len(files)}; give --table FILE with columns file and text')
+        raise InputError(f'--text goes with one file, and there are {len(files)}; '
+                         'give --table FILE with columns file and text')
     return [Item(f, f, text) for f in files]

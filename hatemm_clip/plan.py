@@ -43,6 +43,9 @@ def scorable_things(
     return things + [f'{other} alone, if asked for' for other in ('words', 'sound') if takes_words(modalities)]
 
 # %% ../nbs/84_plan.ipynb #416676b5
+_MADE_WITH = ('encoder', 'pretrained', 'precision', 'fps', 'asr', 'ocr', 'audio', 'clips')
+
+
 def bundle_info(
     folder: str | Path, # a bundle
 ) -> dict: # what it takes and scores, how it was made, its policy, hashes and card
@@ -53,8 +56,9 @@ def bundle_info(
     about = {name: config.get(name) for name in names}
     about |= dict(bundle=str(folder), modalities=config['modalities'], policy=config['params'].get('threshold'))
     about['scores'] = scorable_things(config['modalities'], made.get('clips', {}))
-    about['made_with'] = {k: made.get(k) for k in ('encoder', 'pretrained', 'precision', 'fps', 'asr', 'ocr', 'audio', 'clips')}
-    about['sha256'] = dict(weights=config['weights_sha256'], encoder=made.get('weights_sha256'), **config.get('files', {}))
+    about['made_with'] = {k: made.get(k) for k in _MADE_WITH}
+    hashes = dict(weights=config['weights_sha256'], encoder=made.get('weights_sha256'))
+    about['sha256'] = hashes | config.get('files', {})
     about['reviews'] = 'review.safetensors' in config.get('files', {})
     return about | dict(card=card.read_text(encoding='utf-8') if card.is_file() else None)
 
@@ -67,12 +71,14 @@ def format_bundle(
     lines = dict(
         bundle=about['bundle'], head=f"{about['head']}, format {about['format']}, hatemm_clip {about['version']}",
         takes=', '.join(f'{m} ({d})' for m, d in about['modalities'].items()), scores=', '.join(about['scores']),
-        classes=', '.join(about['label_names']), encoder=f"{made['encoder']} {made['pretrained']} {made['precision'] or ''}",
+        classes=', '.join(about['label_names']),
+        encoder=f"{made['encoder']} {made['pretrained']} {made['precision'] or ''}",
         recogniser=f"{asr['backend']} {asr['model']}" if asr else 'none', cut=made['clips'] or 'not recorded',
         threshold=f"{about['threshold']:.3f} ({about['policy']})" if about['positive'] else 'the most likely class',
         review='near the threshold, unlike the training clips' if about['reviews'] else 'no rule')
     lines |= {f'sha256 {name}': value for name, value in about['sha256'].items() if value}
-    return '\n'.join(f'{name:<26}{value}' for name, value in lines.items()) + ('\n\n' + about['card'] if about['card'] else '')
+    card = [''] + [about['card']] if about['card'] else []
+    return '\n'.join([f'{name:<26}{value}' for name, value in lines.items()] + card)
 
 # %% ../nbs/84_plan.ipynb #4dfcff4a
 @dataclass(frozen=True)
@@ -85,7 +91,11 @@ class Part:
     length: float = 0. # how long the item is, s
     has_picture: bool = False
     has_sound: bool = False
+    lacks: tuple = () # what the bundle takes and the item has not: picture, sound
     notes: tuple = () # what is odd about the file, as sentences
+
+    @property
+    def absences(self): return [f'there is no {what}; scored without' for what in self.lacks]
 
     @property
     def source(self):
@@ -149,8 +159,7 @@ def _checked(scorer, part):
                          + '; --partial scores it by its words'*hearable)
     if part.item.path is None and not part.has_picture and not takes_words(scorer.takes):
         raise MediaError(f'{part.source}: words alone, and this bundle takes {takes}; give a file')
-    notes = ['there is no picture; scored without']*lacks_picture + ['there is no sound; scored without']*lacks_sound
-    return replace(part, notes=(*part.notes, *notes))
+    return replace(part, lacks=('picture',)*lacks_picture + ('sound',)*lacks_sound)
 
 # %% ../nbs/84_plan.ipynb #4dbacbbb
 def plan_parts(

@@ -73,7 +73,8 @@ class Review:
         for m, vectors in pool_clips(features.only(list(self.limits))).items():
             distances, limit = neighbour_distance(vectors, self.seen[m].astype(np.float32)), self.limits[m]
             for i in np.flatnonzero(distances > limit):
-                found[i].append(f'its {m} is unlike the training clips (distance {distances[i]:.2f}, limit {limit:.2f})')
+                measured = f'distance {distances[i]:.2f}, limit {limit:.2f}'
+                found[i].append(f'its {m} is unlike the training clips ({measured})')
         return found
 
 # %% ../nbs/39_review.ipynb #ff4dfc96

@@ -115,7 +115,8 @@ def scored_rows(
     if out is None:
         yield from _new_rows(bundle, asked, items)
         return
-    with store_lock(check_scores_file(out)): yield from _kept_rows(bundle, asked, items, Scorebook(out), _made_with(config, asked))
+    with store_lock(check_scores_file(out)):
+        yield from _kept_rows(bundle, asked, items, Scorebook(out), _made_with(config, asked))
 
 # %% ../nbs/88_score.ipynb #2c415dc9
 def score_files(
@@ -143,7 +144,8 @@ def _format_row(row, most):
     parts = '  '.join(f'{m} {v:+.3f}' for m, v in row['modalities'].items())
     limit = '' if row['threshold'] is None else f", threshold {row['threshold']:.3f}"
     review = '   to be reviewed'*row['needs_review']
-    lines = [row['file'], f"  {row['label']}   probability of {row['prob_of']} {row['prob']:.3f}{limit}   {parts}{review}"]
+    score = f"probability of {row['prob_of']} {row['prob']:.3f}{limit}"
+    lines = [row['file'], f"  {row['label']}   {score}   {parts}{review}"]
     if len(row['probabilities']) > 2:
         lines.append('  ' + '  '.join(f'{name} {p:.3f}' for name, p in row['probabilities'].items()))
     if row['rule']: lines += ['  ' + _curve(row['timeline']), f"  {row['rule']}"]

@@ -69,7 +69,8 @@ def check_scores_file(
     "Refuse a file that cannot be written, before anything is scored."
     path = Path(path)
     if path.suffix not in FORMATS: raise InputError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
-    if not path.parent.is_dir(): raise InputError(f"{path.parent}: no such folder; --out must name a file in an existing one")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder; --out must name a file in an existing one")
     if path.is_dir(): raise InputError(f'{path}: a folder; --out must name a file')
     try:
         with open(_journal(path), 'a') as file: untouched = not file.tell()
@@ -114,7 +115,7 @@ def _from_csv(row):
     "A row of CSV as it was."
     found = {k: json.loads(row[k]) if k in _NESTED else row[k] for k in SCORES.names}
     numbers = {k: float(row[k]) if row[k] else None for k in ('prob', 'threshold')}
-    return found | numbers | dict(label=row['label'] or None, prob_of=row['prob_of'] or None, error=row['error'] or None)
+    return found | numbers | {k: row[k] or None for k in ('label', 'prob_of', 'error')}
 
 
 def _from_parquet(path):

@@ -115,7 +115,8 @@ def _read(taken, reader, fps):
     part = taken.part
     if part.item.picture is not None:
         lines, flags = reader.read(part.item.picture)
-        found = dict(segments=[dict(line, start=0., end=0.) for line in lines], text=' '.join(line['text'] for line in lines), flags=flags)
+        segments = [dict(line, start=0., end=0.) for line in lines]
+        found = dict(segments=segments, text=' '.join(line['text'] for line in lines), flags=flags)
     else: found = read_words(part.item.path, reader, fps, part.start, part.end)
     taken.written, taken.ocr = found['segments'], found['text']
     taken.notes += [f'words in the picture: {OCR_FLAGS[flag]}' for flag in found['flags']]
@@ -225,8 +226,8 @@ def joined_row(
     parts, one = [t.part for t in taken], _probabilities(scorer.model, probs[worst])
     times = [(p.start, p.start + p.seconds if p.end is None else p.end) for p in parts]
     curve = [round(float(1 - p[0]), 6) for p in probs]
-    notes = _unique([n for t in taken for n in (*t.part.notes, *t.notes)])
-    rule = f'{len(parts)} windows; the one in which {names[0]} is least likely stands for the whole' if len(parts) > 1 else ''
+    notes = _unique([n for t in taken for n in (*t.part.absences, *t.part.notes, *t.notes)])
+    rule = f'{len(parts)} windows; the one in which {names[0]} is least likely stands for the whole'*(len(parts) > 1)
     return empty_score(scorer, parts[0].item.name) | one | dict(
         needs_review=bool(reasons[worst]), review=reasons[worst], rule=rule, notes=notes,
         timeline=[dict(start=round(a, 3), end=round(b, 3), prob=p) for (a, b), p in zip(times, curve)],
@@ -250,7 +251,8 @@ def _gather(scorer, parts):
     wants_sound = lambda t: t.part.has_sound and ('audio' in takes or takes_words(takes) and t.part.item.text is None)
     with ThreadPoolExecutor(scorer.threads) as pool:
         _each(pool, _hear, [t for t in taken if wants_sound(t)])
-        if 'image' in takes: _each(pool, lambda t: _look(t, scorer.encoder, made.get('fps', 1.)), [t for t in taken if t.part.has_picture])
+        seen = [t for t in taken if t.part.has_picture and 'image' in takes]
+        _each(pool, lambda t: _look(t, scorer.encoder, made.get('fps', 1.)), seen)
         read = [t for t in taken if t.part.has_picture and ('ocr' in takes or _is_meme(scorer, t))]
         if read:
             with scorer._loading: reader = scorer.reader
@@ -304,7 +306,9 @@ def _windows(scorer, segments, kind):
 def _encode(scorer, taken):
     "Turn frames, words and sound into vectors, in batches over all parts."
     takes, encoder, size, steady = scorer.takes, scorer.encoder, scorer.batch_size, scorer.steady
-    for t in taken: t.windows = _windows(scorer, t.said, 'text') + (_windows(scorer, t.written, 'ocr') if 'ocr' in takes else [])
+    for t in taken:
+        written = t.written if 'ocr' in takes else []
+        t.windows = _windows(scorer, t.said, 'text') + _windows(scorer, written, 'ocr')
     frames = iter(_encode_all(lambda x: encode_frames(encoder, x), [x for t in taken for x in t.images], size, steady))
     words = [(t, w) for t in taken for w in t.windows if w['kind'] in takes]
     tokens = [*encoder.tokenizer([w['text'] for _, w in words])] if words else []
@@ -324,7 +328,7 @@ def _judge(scorer, taken, explained):
     clips = features_of(taken, model.dims_)
     probs = model.predict_proba(clips)
     reasons = scorer.review.reasons(clips, probs, model.threshold_) if scorer.review else [[] for _ in taken]
-    for t, why in zip(taken, reasons): why += [n for n in t.part.notes if n.endswith('scored without')]
+    reasons = [why + t.part.absences for t, why in zip(taken, reasons)]
     nothing = [dict(windows=[dict(w, contribution=None) for w in t.windows], frames=[], modalities={}) for t in taken]
     if not explained: return probs, nothing, reasons
     asked = [1]*len(taken) if probs.shape[1] == 2 else probs.argmax(1).tolist()
@@ -332,7 +336,7 @@ def _judge(scorer, taken, explained):
 
 # %% ../nbs/86_scorer.ipynb #dfc7de89
 def _score_taken(scorer, taken, explained):
-    "What comes of each part of a group: taken, probabilities (C,), explanation, reasons; of a failed one, only the first."
+    "What comes of each part: taken, probabilities (C,), explanation, reasons; of a failed one, only the first."
     _listen(scorer, taken)
     good = [t for t in taken if not t.error]
     if not good: return [(t, None, None, None) for t in taken]
@@ -444,14 +448,16 @@ class Scorer:
         self._loading = threading.Lock()
 
     def _set_threshold(self, threshold):
-        if len(self.model.label_names_) > 2: raise InputError(f'{self.bundle}: has more than two classes, so no threshold')
+        if len(self.model.label_names_) > 2:
+            raise InputError(f'{self.bundle}: has more than two classes, so no threshold')
         if not 0 < threshold < 1: raise InputError(f'threshold is {threshold}; expected a probability between 0 and 1')
         self.model.calibration_ = self.model.calibration_._replace(threshold=threshold)
 
     @cached_property
     def asr(self):
         if self.made.get('asr'): return asr_of(self.made['asr'], self.device, self.threads)
-        raise MediaError(f'{self.bundle}: was trained on words that were given, and hears none; give the words with the file')
+        raise MediaError(f'{self.bundle}: was trained on words that were given, and hears none; '
+                         'give the words with the file')
 
     @cached_property
     def reader(self):

@@ -86,7 +86,7 @@ def test_a_window_is_taken_from_what_is_seen_and_from_what_is_counted(data):
 def test_a_bundle_of_another_kind_leaves_nothing_behind(data, tmp_path):
     fit_bundle(data, 'Average', tmp_path, 'lexical')
     fit_bundle(data, 'MeanLinear', tmp_path, 'text', grid={}, epochs=2)
-    assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
+    assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'model.safetensors', 'review.safetensors'}
     with pytest.raises(InputError, match='lexical goes into a bundle with Average or Stack'): fit_bundle(data, 'MeanLinear', None, 'text+lexical')
     with pytest.raises(InputError, match='not fitted'): save_bundle(tmp_path, CombinedClassifier())
 

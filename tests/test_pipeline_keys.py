@@ -245,6 +245,7 @@ def start_child(work):
     "Fork a process that does some work."
     child = os.fork()
     if child: return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
     try: work()
     except BaseException: os._exit(1)
     os._exit(0)

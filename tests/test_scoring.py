@@ -121,9 +121,12 @@ def test_threshold(bundle, films):
     with pytest.raises(InputError, match='threshold is 2'): Scorer(bundle, 'cpu', threshold=2)
 
 
+def heed_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background has it ignored
+
+
 def score(*args, cwd=ROOT, **options):
     return subprocess.Popen([sys.executable, '-m', 'hatemm_clip', 'score', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.PIPE, text=True, cwd=cwd, **options)
+                            stdin=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=heed_ctrl_c, **options)
 
 
 def test_a_killed_run_goes_on(bundle, films, tmp_path):
