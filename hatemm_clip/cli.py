@@ -488,7 +488,8 @@ def score(
     rows = _score_all(scored_rows(bundle, items, out, **settings), len(items), out, json_file == '-')
     _emit(rows, json_file)
     failed = [r for r in rows if r['error']]
-    if json_file == '-': [print(f"error: {r['error']}", file=sys.stderr) for r in failed]
+    if json_file == '-':
+        for r in failed: print(f"error: {r['error']}", file=sys.stderr)
     elif len(rows) > 1 or out: print(_summary_of(rows, out, time.perf_counter() - began))
     if json_file != '-' and any(r['demo'] for r in rows): print(DEMO_NOTE)
     if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
