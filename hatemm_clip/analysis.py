@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .base import InputError, read_json, read_table, Run, write_json, write_text
+from .base import DEMOS, InputError, read_json, read_table, Run, write_json, write_text
 from .data import FAILED_VIDEOS
 from .compare import (
     adjust_holm, head_names, metric_table, paired_difference, plot_matrix, select_part,
@@ -418,6 +418,14 @@ def _splits_note(run):
     protocols = ', '.join(splits.protocol.unique())
     return f'Splits: protocol {protocols}, {splits.fold.nunique()} folds, {splits.group.nunique()} groups.'
 
+# %% ../nbs/60_analysis.ipynb #1dc49abf
+def _meaning_note(run):
+    "What the positive label means, where a run says so."
+    meant = read_table(run.clips).attrs.get('params', {}).get('definition') if run.clips.exists() else None
+    if not meant: return ''
+    source = f" ({meant['source']})"*bool(meant['source'])
+    return f"The label {meant['labels'][1]!r} follows the definition {meant['name']!r}: {meant['text'].rstrip('.')}{source}."
+
 # %% ../nbs/60_analysis.ipynb #02ad42dd
 def _failed_note(run):
     "A line on the videos that could not be used, by class and by reason."
@@ -429,7 +437,7 @@ def _failed_note(run):
             f'{counted(failed.error)}; {FAILED_VIDEOS} names them.')
 
 # %% ../nbs/60_analysis.ipynb #f44896e1
-def _is_demo(run): return run.clips.exists() and bool((read_table(run.clips).dataset == 'demo').all())
+def _is_demo(run): return run.clips.exists() and bool(read_table(run.clips).dataset.isin(DEMOS).all())
 
 # %% ../nbs/60_analysis.ipynb #2045721e
 def _clip_names(run):
@@ -458,7 +466,7 @@ def report_run(
     "Write all that can be read about a run."
     run = Run(run_dir)
     if predictions is None: predictions = read_table(run.predictions)
-    if notes is None: notes = f'{_splits_note(run)} {_failed_note(run)}'.strip()
+    if notes is None: notes = ' '.join(filter(None, (_splits_note(run), _meaning_note(run), _failed_note(run))))
     about = dict(label_names=label_names or _clip_names(run), notes=notes, demo=_is_demo(run) if demo is None else demo)
     write_metrics(predictions, run.metrics)
     matrix = read_json(run.folder / 'robust.json')

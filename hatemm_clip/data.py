@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'PART_NAMES', 'FAILED_VIDEOS', 'probe_clips', 'sliding_windows', 'make_windows', 'near_duplicates',
            'near_duplicate_texts', 'components', 'find_groups', 'make_splits', 'part_of_clips', 'published_splits',
-           'read_splits', 'purge_leaks', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips', 'DataSettings',
-           'prepare_data']
+           'read_splits', 'purge_leaks', 'deal_val', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips',
+           'DataSettings', 'prepare_videos', 'prepare_data']
 
 # %% ../nbs/00_data.ipynb #d4263d82
 import json
@@ -284,6 +284,23 @@ def purge_leaks(
     kept = rank == rank.groupby([splits.fold, splits.group]).transform('max')
     return splits[kept].reset_index(drop=True), int((~kept).sum())
 
+# %% ../nbs/00_data.ipynb #b6bab849
+def deal_val(
+    splits: pd.DataFrame, # SPLITS
+    videos: pd.DataFrame, # video_id, label
+    seed: int = 0,
+) -> pd.DataFrame: # SPLITS; each fold has a val part
+    "Give folds without a validation part a fifth of their training part."
+    from sklearn.model_selection import StratifiedGroupKFold
+    labels, dealt = videos.drop_duplicates('video_id').set_index('video_id').label, splits.copy()
+    for fold, rows in splits.groupby('fold'):
+        train = rows[rows.part == 'train']
+        if (rows.part == 'val').any() or train.group.nunique() < 5: continue
+        dealer = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        _, val = next(dealer.split(train, train.video_id.map(labels), train.group))
+        dealt.loc[train.index[val], 'part'] = 'val'
+    return dealt
+
 # %% ../nbs/00_data.ipynb #c00fadd0
 class LeakError(InputError):
     "Something stands on both sides of a split."
@@ -380,11 +397,13 @@ def _asked_splits(videos, groups, settings, failed):
     "The splits that the settings ask for, and how many rows had to go."
     split = settings.split
     if split == 'grouped': return make_splits(videos, groups, settings.folds, settings.seed), 0
-    if split != 'published': return purge_leaks(read_splits(split, groups, Path(split).stem, failed))
-    if 'part' not in videos:
+    if split == 'published' and 'part' not in videos:
         raise InputError(f"split is 'published', but {videos.dataset[0]} comes without one; "
                          "take 'grouped' or name a file")
-    return purge_leaks(published_splits(videos[['video_id', 'part']], groups))
+    if split == 'published': found = published_splits(videos[['video_id', 'part']], groups)
+    else: found = read_splits(split, groups, Path(split).stem, failed)
+    kept, purged = purge_leaks(found)
+    return deal_val(kept, videos, settings.seed), purged
 
 # %% ../nbs/00_data.ipynb #b59aba0b
 FAILED_VIDEOS = 'failed_videos.csv'  # in a run: video_id, label_name, error of each video that could not be used
@@ -407,26 +426,27 @@ def _write_odd(videos, run):
     return len(odd)
 
 # %% ../nbs/00_data.ipynb #9ed9fe86
-def prepare_data(
-    dataset: str, # a key of `readers.READERS`
-    data_dir: str | Path, # its folder
+def prepare_videos(
+    videos: pd.DataFrame, # from `read_dataset`
     out_dir: str | Path, # gets clips.parquet and splits.parquet
-    **settings, # as for `DataSettings`
+    asked: DataSettings,
+    pairs: list[tuple[str, str]] = (), # video_ids that belong together beside those whose pictures are alike
+    stage: str = '00_data', # for messages
+    **about, # recorded with the clips
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # clips, splits
-    "Run the stage: from a data set's folder to `clips` and `splits`."
-    asked, run = DataSettings(**settings), Run(out_dir)
-    videos = probe_clips(read_dataset(dataset, data_dir, asked.positive, annotations=asked.annotations))
-    failed = check_failures(videos.error, f'00_data on {data_dir}', asked.max_failed)
+    "From videos to `clips` and `splits`: look into the files, group, cut, split, audit."
+    run, videos = Run(out_dir), probe_clips(videos)
+    failed = check_failures(videos.error, stage, asked.max_failed)
     good = videos[videos.error == ''].reset_index(drop=True)
-    if good.empty: raise InputError(f"{data_dir}: none of {len(videos)} videos can be used; {videos.error[0]}")
-    alike = near_duplicate_texts(_known_texts(good, asked.transcripts))
-    groups = find_groups(good, dict(zip(good.video_id, good.hashes)), alike)
+    if good.empty: raise InputError(f"{stage}: none of {len(videos)} files can be used; {videos.error[0]}")
+    there = set(good.video_id)
+    groups = find_groups(good, dict(zip(good.video_id, good.hashes)), [pair for pair in pairs if there.issuperset(pair)])
     clips = make_windows(good, asked.window, asked.length, asked.stride, seed=asked.seed)
     splits, purged = _asked_splits(good, groups, asked, videos.video_id[videos.error != ''])
     audit = leak_audit(splits, groups)
     inputs = table_hash(videos[['video_id', 'label', 'sha256']])
     cut = {name: getattr(asked, name) for name in ('window', 'length', 'stride', 'seed')}
-    about = dict(dataset=dataset, positive=positive_name(videos))
+    about = dict(about, positive=positive_name(videos))
     write_table(clips[[*CLIPS.names, 'overlap']], run.clips, CLIPS, inputs, **about, **cut)
     write_table(splits, run.splits, SPLITS, inputs, seed=asked.seed, purged=purged, **audit)
     _write_failed(videos, run)
@@ -434,5 +454,19 @@ def prepare_data(
     gone = f'; {purged} rows purged from the published split' if purged else ''
     in_groups = f"{audit['groups']} groups (largest {audit['largest_group']})"
     strange = f', {odd} odd (odd_videos.csv)' if odd else ''
-    print(f'{len(clips)} clips of {len(good)} videos in {in_groups}, {failed} failed{strange}{gone}')
+    what = 'videos' if good.duration.any() else 'pictures'
+    print(f'{len(clips)} clips of {len(good)} {what} in {in_groups}, {failed} failed{strange}{gone}')
     return clips, splits
+
+# %% ../nbs/00_data.ipynb #e024b285
+def prepare_data(
+    dataset: str, # a key of `readers.READERS`
+    data_dir: str | Path, # its folder
+    out_dir: str | Path, # gets clips.parquet and splits.parquet
+    **settings, # as for `DataSettings`
+) -> tuple[pd.DataFrame, pd.DataFrame]: # clips, splits
+    "Run the stage: from a data set's folder to `clips` and `splits`."
+    asked = DataSettings(**settings)
+    videos = read_dataset(dataset, data_dir, asked.positive, annotations=asked.annotations)
+    alike = near_duplicate_texts(_known_texts(videos, asked.transcripts))
+    return prepare_videos(videos, out_dir, asked, alike, f'00_data on {data_dir}', dataset=dataset)

@@ -17,6 +17,7 @@ import pandas as pd
 from .base import check_failures, InputError, progress, read_table, Run, store_lock, write_text
 from .demo import demo_clips
 from .engines import ENGINES
+from .speech import BACKENDS
 from .asr import transcribe_clips
 from .rows import input_hash
 from .features import FeatureStore, is_store, open_store, pack_rows, store_precision
@@ -37,7 +38,7 @@ class StoreSettings(EmbedSettings):
 def _asr_of(transcripts):
     "What `asr.asr_of` needs to load the recogniser that wrote some transcripts."
     if not {'backend', 'model'} <= set(transcripts): return {}
-    named, params = transcripts[transcripts.model.astype(bool)], transcripts.attrs.get('params', {})
+    named, params = transcripts[transcripts.backend.isin(BACKENDS)], transcripts.attrs.get('params', {})
     if not len(named): return {}
     recorded = {k: params[k] for k in ('source', 'weights_sha256', 'beam_size', 'language', 'vad_threshold') if k in params}
     return dict(backend=named.backend.iloc[0], model=named.model.iloc[0], **recorded)

@@ -23,7 +23,7 @@ from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid
 
 from .base import (
-    InputError, PREDICTIONS, PREDICTIONS_BY_CLASS, progress as progress_bar, read_table, Run, write_table)
+    DEMOS, InputError, PREDICTIONS, PREDICTIONS_BY_CLASS, progress as progress_bar, read_table, Run, write_table)
 from .data import leaky_snippet, make_splits, part_of_clips
 from .demo import read_truth
 from .metrics import apply_temperature, fit_temperature
@@ -610,7 +610,9 @@ def clip_lengths(
 def _made_for(run, features):
     "Provenance of a run's features, with how its videos were cut where the run has them."
     if not run.clips.exists(): return features.provenance
-    return dict(features.provenance, clips=clip_lengths(read_table(run.clips)))
+    clips = read_table(run.clips)
+    meant = clips.attrs.get('params', {}).get('definition')
+    return dict(features.provenance, clips=clip_lengths(clips), **(dict(definition=meant) if meant else {}))
 
 # %% ../nbs/40_fusion.ipynb #8caa802e
 def fit_run_bundle(
@@ -671,7 +673,7 @@ def run_fusion(
     settings = dict(head=head, modalities=modalities, seeds=seeds, seed=seed, finetuned=finetuned, **params)
     _write_predictions(predictions, run, features[0], settings)
     if not bundle: return predictions
-    about = dict(modalities=modalities, demo=features[0].provenance.get('dataset') == 'demo', seed=seed)
+    about = dict(modalities=modalities, demo=features[0].provenance.get('dataset') in DEMOS, seed=seed)
     fit_run_bundle(run.folder, features[0], best_head(predictions, modalities), finetuned, **about, **params)
     return predictions
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AT_IMPORT', 'ALL', 'TABLES', 'ENDS', 'DATASET_FILES', 'KEEP_ROWS', 'NO_ROW', 'Source', 'project_imports',
-           'read_source', 'reached', 'json_hash', 'code_hashes', 'fingerprint', 'data_fingerprint', 'depends',
-           'explain', 'row_key']
+           'read_source', 'reached', 'json_hash', 'code_hashes', 'fingerprint', 'data_fingerprint', 'meme_fingerprint',
+           'depends', 'explain', 'row_key']
 
 # %% ../nbs/94_keys.ipynb #64aa76c1
 import ast
@@ -213,6 +213,16 @@ def data_fingerprint(
     forms = [fingerprint(p) if p.is_dir() else _short_form(p) for p in found]
     return json_hash([[os.path.relpath(p, folder), form] for p, form in zip(found, forms)])
 
+# %% ../nbs/94_keys.ipynb #a4bc7756
+def meme_fingerprint(
+    parameters: dict, # of `70_memes`
+) -> str: # 16 hex digits
+    "Hash what a collection of memes and its pictures hold."
+    from hatemm_clip.memes import read_memes
+    found = read_memes(*[parameters.get(name, '') for name in ('memes', 'label_from', 'definition', 'positive')])
+    forms = {row.video_id: _short_form(Path(row.path)) for row in found.itertuples() if Path(row.path).is_file()}
+    return json_hash([fingerprint(parameters['memes']), forms])
+
 # %% ../nbs/94_keys.ipynb #b5da3630
 def _path_in(value):
     "The path in a parameter: all of it, or the folder of the text tower in IMAGE+FOLDER."
@@ -220,10 +230,11 @@ def _path_in(value):
 
 # %% ../nbs/94_keys.ipynb #989f6177
 def _file_hashes(stage, parameters):
-    "Fingerprints of the files that parameters name; 00_data alone reads the data set, and makes that of the demo."
+    "Fingerprints of the files that parameters name; the first stage alone reads the data set, and makes that of the demo."
     paths = {n: _path_in(parameters.get(n, '')) for n in FILE_PARAMETERS}
     found = {n: fingerprint(path) for n, path in paths.items() if os.path.isabs(path) and os.path.exists(path)}
     dataset = parameters.get('dataset', 'demo')
+    if parameters.get('memes'): return found | dict(memes=meme_fingerprint(parameters))
     if stage != '00_data' or dataset == 'demo': return found
     annotations = parameters.get('annotations', '')
     return found | dict(data_dir=data_fingerprint(dataset, parameters['data_dir'], annotations))

@@ -41,7 +41,8 @@ def _check_finetuned(params, out):
 def _check_folds(asked, fold, params):
     "Is there an encoder for every fold, and one for the bundle?"
     folds = set(fold.replace(' ', '').split(','))
-    numbers = {str(k) for k in range(params.get('00_data', {}).get('folds', 5))}
+    first = params.get('00_data') or params.get('70_memes') or {}
+    numbers = {str(k) for k in range(first.get('folds', 5))}
     if 'all' not in folds and not numbers <= folds:
         refuse(f"{asked}, which needs an encoder a fold; 30_finetune has fold '{fold}', expected all or all,single")
     if params['40_fusion']['bundle'] and 'single' not in folds:
@@ -86,6 +87,15 @@ def _demo_columns(parameters):
     wanted = [parameters.get(name) for name in ('data_dir', 'demo_videos', 'seed')]
     if None not in wanted: is_made(*wanted)
     return []
+
+# %% ../nbs/95_pipeline.ipynb #71107b3a
+def _check_memes(parameters):
+    "The table of memes can be read, with the labels and the definition that are asked for."
+    from hatemm_clip.memes import read_memes
+    names = ('memes', 'label_from', 'definition', 'positive')
+    if parameters.get('memes'): read_memes(*[parameters.get(name, '') for name in names])
+    split = parameters.get('split', 'auto')
+    if split not in ('auto', 'grouped', 'published') and not Path(split).is_file(): refuse(f'split: {split}: no such file')
 
 # %% ../nbs/95_pipeline.ipynb #f75fc8ae
 def _check_recogniser(parameters):
@@ -135,6 +145,7 @@ def check_run(
         _check_finetuned(params, out)
         _check_words(params, out)
     if '00_data' in todo: _check_data(params['00_data'])
+    if '70_memes' in todo: _check_memes(params['70_memes'])
     if not weights: return
     if '10_asr' in todo: _check_recogniser(params['10_asr'])
     if '12_ocr' in todo: _check_reader()
@@ -266,7 +277,11 @@ class Batch:
 
     def is_asked(self, stage):
         "Whether a stage is wanted though it is up to date."
-        return self.force or stage == self.only or bool(self.start and stage >= self.start) or self.is_tried_again(stage)
+        return self.force or stage == self.only or self.comes_after_start(stage) or self.is_tried_again(stage)
+
+    def comes_after_start(self, stage):
+        order = list(STAGES)
+        return self.start is not None and order.index(stage) >= order.index(self.start)
 
     def is_tried_again(self, stage):
         "Whether files that failed in a stage are to be tried again."

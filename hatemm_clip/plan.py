@@ -43,7 +43,7 @@ def scorable_things(
     return things + [f'{other} alone, if asked for' for other in ('words', 'sound') if takes_words(modalities)]
 
 # %% ../nbs/84_plan.ipynb #416676b5
-_MADE_WITH = ('encoder', 'pretrained', 'precision', 'fps', 'asr', 'ocr', 'audio', 'clips')
+_MADE_WITH = ('encoder', 'pretrained', 'precision', 'fps', 'asr', 'ocr', 'audio', 'clips', 'definition')
 
 
 def bundle_info(
@@ -71,14 +71,19 @@ def format_bundle(
     lines = dict(
         bundle=about['bundle'], head=f"{about['head']}, format {about['format']}, hatemm_clip {about['version']}",
         takes=', '.join(f'{m} ({d})' for m, d in about['modalities'].items()), scores=', '.join(about['scores']),
-        classes=', '.join(about['label_names']),
+        classes=', '.join(about['label_names']), meaning=_meaning(made.get('definition')),
         encoder=f"{made['encoder']} {made['pretrained']} {made['precision'] or ''}",
         recogniser=f"{asr['backend']} {asr['model']}" if asr else 'none', cut=made['clips'] or 'not recorded',
         threshold=f"{about['threshold']:.3f} ({about['policy']})" if about['positive'] else 'the most likely class',
         review='near the threshold, unlike the training clips' if about['reviews'] else 'no rule')
     lines |= {f'sha256 {name}': value for name, value in about['sha256'].items() if value}
     card = [''] + [about['card']] if about['card'] else []
-    return '\n'.join([f'{name:<26}{value}' for name, value in lines.items()] + card)
+    return '\n'.join([f'{name:<26}{value}' for name, value in lines.items() if value] + card)
+
+
+def _meaning(definition):
+    "What the positive label means, where the bundle says so."
+    return f"{definition['labels'][1]!r} by {definition['name']}: {definition['text']}" if definition else ''
 
 # %% ../nbs/84_plan.ipynb #4dfcff4a
 @dataclass(frozen=True)
