@@ -332,23 +332,23 @@ _PURPOSE = '''# {{ title }}
 
 {% if demo %}
 > **Demonstration model**, trained on generated clips about invented groups.
-> Its numbers say nothing about real videos.
+> Its numbers say nothing about real {{ things }}s.
 
 {% endif %}
 ## What it does
 
 {% if label_names|length == 2 %}
-Gives a short video the probability of the class **{{ label_names[1] }}**, as against {{ label_names[0] }},
-from the modalities it was trained on. At or above the threshold the video is worth a person's look.
+Gives a {{ things }} the probability of the class **{{ label_names[1] }}**, as against {{ label_names[0] }},
+from the modalities it was trained on. At or above the threshold the {{ things }} is worth a person's look.
 {% else %}
-Gives a short video the probability of each of the classes {{ label_names|join(', ') }},
+Gives a {{ things }} the probability of each of the classes {{ label_names|join(', ') }},
 from the modalities it was trained on.
 {% endif %}
 
 ## What it is not for
 
-- **No automatic removal.** No video may be removed, demonetised, down-ranked or reported, and
-  no account sanctioned, because of this score alone. A person decides, with the whole video, its context
+- **No automatic removal.** No {{ things }} may be removed, demonetised, down-ranked or reported, and
+  no account sanctioned, because of this score alone. A person decides, with the whole {{ things }}, its context
   and a way to appeal.
 - No judgement of people: it scores clips, not speakers, uploaders or groups.
 - No languages, platforms, times or kinds of hate beyond its training data without measuring again.
@@ -391,11 +391,32 @@ def _markdown_table(columns, rows):
     clean = lambda cell: str(cell).replace('|', '\\|').replace('\n', ' ')
     return '\n'.join('| ' + ' | '.join(map(clean, line)) + ' |' for line in lines)
 
+# %% ../nbs/60_analysis.ipynb #5a17a85e
+_TITLES = dict(video='Hateful video classifier', meme='Meme classifier')
+
+
+def _things(config):
+    "What a model scores: memes where it was trained on stills."
+    stills = (config or {}).get('encoder') or {}
+    is_still = isinstance(stills, dict) and stills.get('clips', {}).get('stills', 0) > .5
+    return 'meme' if is_still else 'video'
+
+# %% ../nbs/60_analysis.ipynb #a6811685
+_LONG = 24  # items of a list that a card counts only
+
+
+def _flat(config, prefix=''):
+    "Names and values of a nested config; what is long is counted."
+    for name, value in sorted(config.items()):
+        if isinstance(value, (dict, list)) and len(value) > _LONG: yield prefix + name, f'{len(value)} items, in config.json'
+        elif isinstance(value, dict) and value: yield from _flat(value, f'{prefix}{name}.')
+        else: yield prefix + name, value
+
 # %% ../nbs/60_analysis.ipynb #decaa118
 def write_model_card(
     predictions: pd.DataFrame, # a `predictions` table of the model's run
     path: str | Path, # MODEL_CARD.md
-    title: str = 'Hateful video classifier', # heading
+    title: str = '', # heading; '': of what it scores
     config: dict | None = None, # of the bundle's config.json: encoder, head, threshold, temperature, splits hash
     notes: str = '', # data, licences, anything else, Markdown
     demo: bool = False, # say on top that the data are generated
@@ -406,9 +427,9 @@ def write_model_card(
     label_names = _names_of(predictions, label_names)
     page = _render(_PURPOSE + _QUALITY, trim_blocks=True, lstrip_blocks=True)
     return write_text(path, page(
-        title=title, demo=demo, label_names=label_names, notes=notes, facts=_facts(predictions, part, label_names),
-        table=_markdown_table(*_metric_rows(predictions, part)),
-        config=_markdown_table(['', ''], sorted(config.items())) if config else ''))
+        title=title or _TITLES[_things(config)], demo=demo, label_names=label_names, notes=notes,
+        facts=_facts(predictions, part, label_names), table=_markdown_table(*_metric_rows(predictions, part)), things=_things(config),
+        config=_markdown_table(['', ''], list(_flat(config))) if config else ''))
 
 # %% ../nbs/60_analysis.ipynb #af80ec1b
 def _splits_note(run):

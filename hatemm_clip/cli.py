@@ -194,7 +194,7 @@ def _real_run(asked, json_file):
     if json_file == '-': return
     for head, found in metrics.items():
         shown = [f'{name} {_with_interval(found[name])}' for name in ('macro_f1', 'auroc') if name in found]
-        print(f'{head:<32}' + '  '.join(shown))
+        print(f'{head:<36}' + '  '.join(shown))
     if run.report.exists(): print(f'report: {os.path.relpath(run.report)}')
 
 # %% ../nbs/97_cli.ipynb #fd1ec3f5

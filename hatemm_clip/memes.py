@@ -239,7 +239,8 @@ def _labels_from(memes, path, source):
 
 # %% ../nbs/70_memes.ipynb #49835c0c
 _HOSTILE = ('hostile', 'sweep')  # kinds of sentences that the first annotators went by
-_MODEL_RIGHT, _PEOPLE_RIGHT, _WORDLESS = .9, .97, .1  # shares
+_RIGHT = dict(original=.95, model=.9, human=.97)  # share of each source's labels that keep to its definition
+_WORDLESS = .1  # share of memes whose words stand in the picture alone
 
 
 def _caption(plan):
@@ -267,10 +268,10 @@ def _wrapped(text, width=36):
 
 def _four_labels(plan, rng):
     "The labels of a meme by source."
-    votes = dict(original=int(any(kind in _HOSTILE for kind, _ in plan.sentences)))
-    votes['model'] = plan.label if rng.random() < _MODEL_RIGHT else 1 - plan.label
-    human = plan.label if rng.random() < _PEOPLE_RIGHT else 1 - plan.label
-    votes['human'] = human if votes['original'] != votes['model'] else None
+    hostile = int(any(kind in _HOSTILE for kind, _ in plan.sentences))
+    meant = dict(original=hostile, model=plan.label, human=plan.label)
+    votes = {source: label if rng.random() < _RIGHT[source] else 1 - label for source, label in meant.items()}
+    if votes['original'] == votes['model']: votes['human'] = None
     return votes | dict(majority=majority_label(votes.values()))
 
 # %% ../nbs/70_memes.ipynb #0fbf782f
@@ -366,6 +367,7 @@ def prepare_memes(
     asked = MemeSettings(**settings)
     found = read_memes(memes, asked.label_from, asked.definition, asked.positive)
     meant = found.attrs['definition']
+    print(f'label 1 is {meant.labels[1]!r} by the definition {meant.name!r}')
     if found.attrs['unlabelled']: print(f"{found.attrs['unlabelled']} memes have no label from {asked.label_from!r} and are left out")
     split = _asked_split(found, asked.split)
     videos = found.assign(dataset=dataset, targets=[[]]*len(found), spans=[[]]*len(found))

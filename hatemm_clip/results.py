@@ -82,9 +82,9 @@ def _take_rows(stage, out, folder, record, log):
 def _link_needs(stage, out, folder, log, failed=()):
     "Links to the results that a stage needs, as they are now; of a stage that has just failed there are none."
     for link in [p for p in folder.iterdir() if p.is_symlink()]: link.unlink()
-    for need in [n for n in NEEDS[stage] if n not in failed]:
-        for name in stage_results(need, out, log['stages'].get(need)):
-            if name != f'{need}.ipynb': (folder/name).symlink_to(out/name)
+    needs = [n for n in NEEDS[stage] if n not in failed]
+    made = {name for need in needs for name in stage_results(need, out, log['stages'].get(need))}  # two may make a table of one name
+    for name in made - {f'{need}.ipynb' for need in needs}: (folder/name).symlink_to(out/name)
     (folder/'run.json').symlink_to(out/'run.json')
 
 # %% ../nbs/92_results.ipynb #5a39fd08

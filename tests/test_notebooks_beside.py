@@ -6,7 +6,7 @@ from test_notebooks import NOTEBOOKS, run_notebook
 from hatemm_clip.pipeline import STAGES
 
 ELSEWHERE = ('98_own_videos',)  # test_own_videos runs it with its slow cells
-BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem == '30_finetune')]
+BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
 SHORTER = {'45_topics': dict(seeds=2, epochs=8)}
 
 
