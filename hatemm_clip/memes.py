@@ -246,7 +246,7 @@ _WORDLESS = .1  # share of memes whose words stand in the picture alone
 def _caption(plan):
     "The words of a meme: of its sentences those that matter, at most two."
     said = [text for kind, text in plan.sentences if kind != 'filler'] or [plan.sentences[0][1]]
-    return '. '.join(said[:2])
+    return '. '.join(list(dict.fromkeys(said))[:2])
 
 
 def _draw_meme(plan, rng, size=(320, 240)):
