@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'bundle_app', 'BENCHES', 'main', 'demo', 'fetch', 'init',
            'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'bundle_about', 'serve',
-           'encoders', 'bench']
+           'encoders', 'index', 'search', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
 import json
@@ -575,6 +575,52 @@ def encoders(json_file: str = JSON):
     rows = list_encoders()
     _emit(rows, json_file)
     if json_file != '-': print(format_encoders(rows))
+
+# %% ../nbs/97_cli.ipynb #756893d3
+@app.command()
+def index(
+    source: str = typer.Argument(..., metavar='FOLDER', help='A folder of videos, or a run with features.'),
+    out: str = typer.Option(None, metavar='INDEX', help='The index; by default runs/NAME-index.'),
+    encoder: str = typer.Option('hatemm-tiny', help='Whose pictures are searched: ViT-B-32, say.'),
+    pretrained: str = typer.Option('demo', help='Its weights; for ViT-B-32: openai.'),
+    words: str = typer.Option('minilm', help='Encoder of what is said and written.'),
+    ocr: bool = typer.Option(True, help='Read what is written in the pictures.'),
+    recogniser: str = typer.Option('tiny.en', help='A Whisper model.'),
+    fps: float = typer.Option(1., help='Frames per second.'),
+    device: str = typer.Option('auto', help='cpu, cuda or auto.'),
+):
+    "Index what is seen, said and written in videos, by the second."
+    from hatemm_clip.retrieval import index_folder, IndexSettings
+    settings = IndexSettings(encoder, pretrained, words, fps, recogniser, ocr, device=device)
+    print(index_folder(source, out or Path('runs')/f'{Path(source).resolve().name}-index', settings))
+
+# %% ../nbs/97_cli.ipynb #f70498b4
+def _print_hit(number, hit):
+    felt = ', '.join(f'{name} {share:.2f}' for name, share in list(hit['emotion'].items())[:2])
+    print(f"{number:>2}  {hit['file']}  at {hit['time']:.1f} s  {hit['where']}" + f'  “{hit["snippet"][:80]}”'*bool(hit['snippet'])
+          + f'  {felt}'*bool(felt))
+
+# %% ../nbs/97_cli.ipynb #eff1cc02
+@app.command()
+def search(
+    folder: str = typer.Argument(..., metavar='INDEX', help='From `hatemm index`.'),
+    query: str = typer.Argument('', help='In any words.'),
+    emotion: str = typer.Option('', help='How the moment feels: joy, trust, fear, surprise, sadness, disgust, anger, anticipation, neutral.'),
+    where: str = typer.Option('seen,said,written', '--in', help='Where to look.'),
+    k: int = typer.Option(10, help='Answers.'),
+    all_moments: bool = typer.Option(False, '--all-moments', help='Every moment, in place of the best one of each file.'),
+    like: str = typer.Option('', metavar='FILE', help='A video or picture that the moment looks like.'),
+    device: str = typer.Option('cpu', help='cpu, cuda or auto.'),
+    json_file: str = JSON,
+):
+    "Find moments by what is seen, said, written or felt."
+    from hatemm_clip.retrieval import Index, Query
+    asked = Query(query, emotion, tuple(filter(None, where.split(','))), k, all_moments, like)
+    hits = Index(folder, device).search(asked)
+    _emit(hits, json_file)
+    if json_file == '-': return
+    for number, hit in enumerate(hits, start=1): _print_hit(number, hit)
+    if not hits: print('nothing found')
 
 # %% ../nbs/97_cli.ipynb #a3102eb4
 BENCHES = dict.fromkeys(('decode', 'asr', 'embed', 'finetune', 'fusion'), 'bench') | dict.fromkeys(('score', 'serve'), 'bench_use')  # name → module
