@@ -402,7 +402,13 @@ class _Purse:
     def back(self, cost):
         with self._turn: self.spent, self.dearest, self.away = self.spent + cost, max(self.dearest, cost), self.away - 1
 
-# %% ../nbs/71_models.ipynb #ddf0a35e
+# %% ../nbs/71_models.ipynb #1b931d3c
+def _picture_reason(error, question):
+    "What is wrong with the picture of an item; its path is known from the item."
+    files = [f'{part}: ' for part in question.parts if not isinstance(part, str)]
+    return 'its picture: ' + str(error).removeprefix(files[-1] if files else '')
+
+
 class _Asking:
     "Questions under way: each answer goes to the journal."
 
@@ -420,7 +426,8 @@ class _Asking:
             cost = self.spending.cost(row)
             self.journal.add(row)
             return ''
-        except (Unanswered, MediaError) as e: return str(e)
+        except Unanswered as e: return str(e)
+        except MediaError as e: return _picture_reason(e, question)
         except BaseException:
             self.answerer.stopped.set()
             raise
@@ -451,7 +458,7 @@ class _Asking:
                 raise
         return reasons
 
-# %% ../nbs/71_models.ipynb #25238c0c
+# %% ../nbs/71_models.ipynb #820642ab
 def _questions(prompt, items, answerer):
     "Questions by key, the key of each item, and why an item cannot be asked about."
     questions, keys, reasons = {}, {}, {}
@@ -459,7 +466,7 @@ def _questions(prompt, items, answerer):
         question = prompt.question(item.video_id, item.text, item.path)
         if prompt.pictures and not (item.text or item.path): reasons[item.video_id] = 'no text and no picture'; continue
         try: keys[item.video_id] = key = answerer.key(question)
-        except (MediaError, OSError) as e: reasons[item.video_id] = str(e); continue
+        except (MediaError, OSError) as e: reasons[item.video_id] = _picture_reason(e, question); continue
         questions.setdefault(key, question)
     return questions, keys, reasons
 
