@@ -34,7 +34,7 @@ class Example:
     description: str = '' # of what is seen
     path: str = '' # of its picture or video; '': none is shown
 
-# %% ../nbs/71_ask.ipynb #c4140284
+# %% ../nbs/71_ask.ipynb #9ace0eb7
 def _example(where, row, definition, folder):
     word = definition.labels[definition.number(row['label'], where)]
     file = row.get('image', '').strip()
@@ -48,7 +48,7 @@ def read_examples(
     definition: Definition,
 ) -> list[Example]:
     "Read labelled examples."
-    rows = numbered_rows(path, ['id', 'label', 'text'], ['description', 'image|path|video'])
+    rows = numbered_rows(path, ['id', 'label', 'text'], ['description', 'image|path|video'], strict=False)
     found = [_example(where, row, definition, Path(path).parent) for where, row in rows]
     ids = [example.id for example in found]
     for i, (where, _) in enumerate(rows):
