@@ -90,7 +90,7 @@ def agreement_table(
     rows = {name: resample_items(counts, f, n, seed) for name, f in statistics.items()}
     return pd.DataFrame(rows).T.assign(items=len(counts))
 
-# %% ../nbs/72_agreement.ipynb #f1d13e11
+# %% ../nbs/72_agreement.ipynb #bcc74df7
 def compare_pair(
     a, # labels of one annotator, int, shape (N,)
     b, # of another, on the same items, shape (N,)
@@ -100,7 +100,8 @@ def compare_pair(
     "Cohen's kappa and the share of equal labels."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # an annotator who says one thing only has no kappa: NaN
-        table = bootstrap_ci(np.asarray(a, int), np.asarray(b, float), np.arange(len(a)), ['kappa', 'accuracy'], n=n, seed=seed)
+        table = bootstrap_ci(np.asarray(a, int), np.asarray(b, float), np.arange(len(a)), ['kappa', 'accuracy'],
+                             n=n, seed=seed)
     found = {k: {c: float(v) for c, v in row.items()} for k, row in table.iterrows()}
     return dict(items=len(a), kappa=found['kappa'], agreement=found['accuracy'])
 

@@ -182,7 +182,7 @@ def _answers_of(path, definition):
     rows = [row for _, row in numbered_rows(path, ['id', column])]
     return {row['id']: definition.labels[int(row[column])] for row in rows if row[column]}
 
-# %% ../nbs/72_annotate.ipynb #dec2d9ff
+# %% ../nbs/72_annotate.ipynb #423cc954
 def annotate(
     folder: str | Path, # of `hatemm reannotate`
     annotator: str, # your name: letters, digits, dots, hyphens
@@ -195,7 +195,7 @@ def annotate(
     if not re.fullmatch(r'\w[\w.@-]{0,63}', annotator):
         raise InputError(f"annotator is {annotator!r}; expected a name of letters, digits, dots and hyphens")
     if not files.to_annotate.is_file():
-        raise InputError(f'{folder}: holds no {files.to_annotate.name}; run `hatemm reannotate` with --out {folder} first')
+        raise InputError(f'{folder}: holds no {files.to_annotate.name}; run hatemm reannotate --out {folder} first')
     definition, items = read_definition(files.definition), _items_of(files.to_annotate)
     mode = 'assisted' if assisted else 'blind'
     queue = AnnotationQueue(items.video_id, definition, files.people/f'{annotator}.csv', annotator, mode, daily)

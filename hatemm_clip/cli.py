@@ -452,6 +452,14 @@ def _key_name(given):
     return given or KEY_NAME
 
 
+def _budget(given, prices):
+    "What may be spent; without prices nobody knows what is."
+    from hatemm_clip.base import InputError
+    if given is None: return math.inf
+    if not prices: raise InputError('--budget needs --price-in or --price-out, of a million tokens')
+    return given
+
+
 def _examples(file, shots, definition):
     "The labelled examples that the model is shown."
     from hatemm_clip.ask import choose_examples, read_examples
@@ -477,43 +485,44 @@ def _reannotate(asked, json_file):
 @app.command()
 def reannotate(
     table: str = typer.Argument(..., metavar='CSV', help='Memes: image, text, label; or the aligned form, which is measured as it is.'),
-    definition: str = typer.Option(..., metavar='FILE', help='What labels are to mean: a .yml, or hatemm, mhc, fhm, mami, multioff.'),
+    definition: str = typer.Option(..., metavar='FILE', help='What the new labels mean: a .yml, or hatemm, mhc, fhm, mami, multioff.'),
     endpoint: str = typer.Option('', metavar='URL', help='Ask a server that speaks OpenAI\'s protocol (vLLM, Ollama …).'),
-    model: str = typer.Option('', metavar='NAME', help='The model there.'),
+    model: str = typer.Option('', metavar='NAME', help='The model, as the server calls it.'),
     local: str = typer.Option('', metavar='FOLDER', help='Ask a vision-language model of transformers on this machine.'),
     answers: str = typer.Option('', metavar='FILE', help='Take answers from a table of id and answer.'),
     examples: str = typer.Option('', metavar='CSV', help='Labelled examples for the model: id, label, text, description.'),
-    shots: int = typer.Option(0, min=0, help='How many of them are shown, the labels in turn; by default all.'),
-    votes: list[str] = typer.Option([], metavar='CSV', help='Votes of people: id, label; several times for several files.'),
-    label_studio: list[str] = typer.Option([], metavar='JSON', help='Votes as Label Studio exports them.'),
-    out: str = typer.Option('', metavar='FOLDER', help='Gets the tables; by default CSV_reannotated, where anybody is asked or has voted.'),
-    people: int = typer.Option(1, min=1, help='Votes that an item needs where label and model differ.'),
-    yes_no: bool = typer.Option(False, '--yes-no', help='Ask the model yes or no, not for the label.'),
+    shots: int = typer.Option(0, min=0, help='How many of them are shown, the labels in turn; 0: all.'),
+    votes: list[str] = typer.Option([], metavar='CSV', help='Votes of people: id, label. Once for each file.'),
+    label_studio: list[str] = typer.Option([], metavar='JSON', help='Votes as Label Studio exports them. Once for each file.'),
+    out: str = typer.Option('', metavar='FOLDER', help='Gets the tables and goes on from them; by default CSV_reannotated, once anybody is asked or has voted.'),
+    people: int = typer.Option(1, min=1, help='Votes of people that an item needs where label and model differ.'),
+    yes_no: bool = typer.Option(False, '--yes-no', help='Ask the model for yes or no, not for the label.'),
     text_only: bool = typer.Option(False, '--text-only', help='Show the model no pictures.'),
-    labels_of: str = typer.Option('', metavar='FILE', help='Definition of the labels in CSV, where its words are others.'),
-    positive: str = typer.Option('', help='The positive one of these, where the words do not say it.'),
-    jobs: int = typer.Option(4, min=1, help='Questions under way at once.'),
+    labels_of: str = typer.Option('', metavar='FILE', help='Definition of the old labels, where their words do not say which is which.'),
+    positive: str = typer.Option('', help='The positive one of the old labels, where the words do not say it.'),
+    jobs: int = typer.Option(4, min=1, help='Questions asked at once.'),
     rate: int = typer.Option(0, min=0, help='Requests a minute, at most; 0: as many as come.'),
     timeout: float = typer.Option(120., min=.1, help='Seconds that an answer may take.'),
-    tries: int = typer.Option(5, min=1, help='Of one question.'),
-    max_tokens: int = typer.Option(64, min=1, help='Of an answer; models that think aloud need more.'),
+    tries: int = typer.Option(5, min=1, help='Tries a question gets, further apart each time.'),
+    max_tokens: int = typer.Option(64, min=1, help='Longest answer; models that think aloud need more.'),
     key_from: str = typer.Option('', metavar='NAME', help='Environment variable that holds the key; by default HATEMM_API_KEY.'),
-    price_in: float = typer.Option(0., min=0, help='Of a million tokens that are sent.'),
-    price_out: float = typer.Option(0., min=0, help='Of a million tokens of answers.'),
-    budget: float = typer.Option(math.inf, help='Stop asking before this is spent.'),
-    device: str = typer.Option('auto', help='Of a local model: cpu, cuda or auto.'),
+    price_in: float = typer.Option(0., min=0, help='Price of a million tokens sent.'),
+    price_out: float = typer.Option(0., min=0, help='Price of a million tokens answered.'),
+    budget: float = typer.Option(None, min=0, help='Stop asking before this is spent; needs the prices.'),
+    device: str = typer.Option('auto', help='Where a local model runs: cpu, cuda or auto.'),
     json_file: str = JSON,
 ):
     "Align old labels with a new definition: a model, votes of people, agreement."
     from hatemm_clip.models import Patience, Spending
     from hatemm_clip.reannotate import ReannotateSettings
-    settings = ReannotateSettings(yes_no, not text_only, Spending(jobs, price_in, price_out, budget), people, labels_of, positive)
+    spending = Spending(jobs, price_in, price_out, _budget(budget, price_in + price_out))
+    settings = ReannotateSettings(yes_no, not text_only, spending, people, labels_of, positive)
     shown, patience = _examples(examples, shots, definition), Patience(rate, timeout, tries)
-    answerer = _answerer(endpoint, model, local, answers, key_from=key_from, max_tokens=max_tokens, device=device, patience=patience)
-    voted = [*votes, *label_studio]
+    options = dict(key_from=key_from, max_tokens=max_tokens, device=device, patience=patience)
+    answerer, voted = _answerer(endpoint, model, local, answers, **options), [*votes, *label_studio]
     if not out and (answerer or voted): out = f'{Path(table).stem}_reannotated'
-    asked = dict(path=table, definition=definition, out=out, answerer=answerer, examples=shown, votes=voted, settings=settings)
-    _reannotate(asked, json_file)
+    asked = dict(path=table, definition=definition, out=out, answerer=answerer, examples=shown, votes=voted)
+    _reannotate(asked | dict(settings=settings), json_file)
 
 # %% ../nbs/97_cli.ipynb #2a0658ac
 def _print_row(row):

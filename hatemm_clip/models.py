@@ -141,7 +141,7 @@ class Patience:
     backoff: float = 1. # s before the second try; doubles up to 60, and the server's own advice counts
     in_a_row: int = 5 # questions that may fail one after the other
 
-# %% ../nbs/71_models.ipynb #4c288d1c
+# %% ../nbs/71_models.ipynb #61ba0341
 def _network_error(error, timeout):
     "What happened on the way to a server, in a few words."
     import requests
@@ -149,15 +149,16 @@ def _network_error(error, timeout):
     if isinstance(error, requests.Timeout): return _Again(f'no answer within {timeout:g} s', down=True)
     if 'refused' in text: return _Again('nobody listens there (connection refused)', down=True)
     if re.search('resolve|Name or service|getaddrinfo', text): return _Again('no such host', down=True)
-    if re.search('RemoteDisconnected|reset|aborted|Incomplete|prematurely', text): return _Again('the connection was cut')
+    if re.search('RemoteDisconnected|reset|aborted|ncomplete|premature', text): return _Again('the connection was cut')
     name = re.sub(r'(?<=[a-z])(?=[A-Z])', ' ', type(error).__name__).lower()
     return _Again(f'it cannot be reached ({name})', down=True)
 
-# %% ../nbs/71_models.ipynb #13877591
+# %% ../nbs/71_models.ipynb #9290d3ff
 def _wants_key(endpoint, status, told):
     "The error of a server that lets nobody in, or not with this key."
-    if os.environ.get(endpoint.key_from): return InputError(f'{endpoint.url}: does not take the key in {endpoint.key_from} ({status}: {told})')
-    return InputError(f'{endpoint.url}: asks for a key ({status}); put it into the environment variable {endpoint.key_from}')
+    url, name = endpoint.url, endpoint.key_from
+    if os.environ.get(name): return InputError(f'{url}: does not take the key in {name} ({status}: {told})')
+    return InputError(f'{url}: asks for a key ({status}); put it into the environment variable {name}')
 
 
 def _later(endpoint, response, told):
@@ -168,15 +169,15 @@ def _later(endpoint, response, told):
     return InputError(f'{endpoint.url}: asks to be left alone for {after:.0f} s ({status}: {told}); '
                       'what was answered is kept, run again later')
 
-# %% ../nbs/71_models.ipynb #1af50287
+# %% ../nbs/71_models.ipynb #ee165c42
 def _refusal(endpoint, response):
     "The error that a status other than 200 stands for."
-    status, key = response.status_code, os.environ.get(endpoint.key_from)
+    status, key, url = response.status_code, os.environ.get(endpoint.key_from), endpoint.url
     told = _told(response).replace(key, '***') if key else _told(response)
     if status in (408, 425, 429) or status >= 500: return _later(endpoint, response, told)
     if status in (401, 403): return _wants_key(endpoint, status, told)
-    if status == 404: return InputError(f'{endpoint.url}: no such address, or no model {endpoint.model!r} ({status}: {told})')
-    if status < 400: return InputError(f'{endpoint.url}: points elsewhere ({status}); give the address itself')
+    if status == 404: return InputError(f'{url}: no such address, or no model {endpoint.model!r} ({status}: {told})')
+    if status < 400: return InputError(f'{url}: points elsewhere ({status}); give the address itself')
     return Unanswered(f'the server did not take the question ({status}: {told})')
 
 # %% ../nbs/71_models.ipynb #449e93f8
@@ -203,7 +204,7 @@ def _persist(endpoint, body):
                        retry=t.retry_if_exception_type(_Again))
     return tries(_post, endpoint, body)
 
-# %% ../nbs/71_models.ipynb #23532d60
+# %% ../nbs/71_models.ipynb #ed04d78f
 class Endpoint:
     "A server that speaks OpenAI's protocol."
     sees = True
@@ -219,7 +220,7 @@ class Endpoint:
         self.url, self.model, self.max_tokens, self.key_from = chat_address(url), model, max_tokens, key_from
         self.patience, self.pace, self.failed = patience, Pace(patience.rate), 0
         self.stopped = threading.Event()  # ends what waits
-        self.name = f'{model}, at most {max_tokens} tokens'
+        self.title, self.name = model, f'{model}, at most {max_tokens} tokens'
 
     def key(self, question): return question.key(self.name)
 
@@ -280,7 +281,7 @@ def _pictures(question):
     from PIL import Image
     return [Image.open(io.BytesIO(picture_bytes(p))) for p in question.parts if not isinstance(p, str)]
 
-# %% ../nbs/71_models.ipynb #49bf57e4
+# %% ../nbs/71_models.ipynb #22bb961c
 class LocalModel:
     "A vision-language model in a folder."
     sees = True
@@ -293,11 +294,12 @@ class LocalModel:
     ):
         import torch
         folder = Path(folder)
-        if not (folder/'config.json').is_file(): raise InputError(f'{folder}: no config.json; expected the folder of a transformers model')
+        if not (folder/'config.json').is_file():
+            raise InputError(f'{folder}: no config.json; expected the folder of a transformers model')
         if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
         self.processor, self.model = _load(folder, device)
         self.max_tokens, self._turn, self.stopped = max_tokens, threading.Lock(), threading.Event()
-        self.name = f'{folder.name} {_files_identity(folder)}, at most {max_tokens} tokens'
+        self.title, self.name = folder.name, f'{folder.name} {_files_identity(folder)}, at most {max_tokens} tokens'
 
     def key(self, question): return question.key(self.name)
 
@@ -313,7 +315,7 @@ class LocalModel:
         answer = self.processor.decode(found[0][known:], skip_special_tokens=True)
         return Answer(answer, known, len(found[0]) - known)
 
-# %% ../nbs/71_models.ipynb #56f70b4b
+# %% ../nbs/71_models.ipynb #fb687a3d
 def read_answers(
     path: str | Path, # .csv, .tsv or .jsonl with the columns id and answer
 ) -> dict: # id → answer
@@ -332,7 +334,8 @@ class AnswerFile:
 
     def __init__(self, path: str | Path):
         self.path, self.answers = Path(path), read_answers(path)
-        self.name, self.stopped = self.path.name, threading.Event()
+        self.title = self.name = self.path.name
+        self.stopped = threading.Event()
 
     def key(self, question): return short_hash('answer', question.id, self.answers.get(question.id))
 
@@ -340,24 +343,31 @@ class AnswerFile:
         if question.id not in self.answers: raise Unanswered(f'no answer in {self.path.name}')
         return Answer(self.answers[question.id])
 
-# %% ../nbs/71_models.ipynb #e9b0984d
+# %% ../nbs/71_models.ipynb #4851b494
+def _whole_lines(path):
+    "The lines of a file; one that a kill tore off is cut away."
+    data = path.read_bytes() if path.is_file() else b''
+    whole = data[:data.rfind(b'\n') + 1]
+    if len(whole) < len(data): os.truncate(path, len(whole))
+    return whole.splitlines()
+
+
+def _answer_row(line, where):
+    "A line of a journal: its key, and what it holds."
+    try:
+        row = json.loads(line)
+        return row['key'], row
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f'{where}: not an answer; name another folder, or mend the line') from e
+
+# %% ../nbs/71_models.ipynb #7f0fc624
 class Journal:
     "Answers on the disk, by the key of their question."
 
     def __init__(self, path: str | Path): # .jsonl
-        self.path, self.rows, self._turn = Path(path), {}, threading.Lock()
-        if not self.path.is_file(): return
-        data = self.path.read_bytes()
-        whole = data[:data.rfind(b'\n') + 1]
-        if len(whole) < len(data): os.truncate(self.path, len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1): self._know(number, line)
-
-    def _know(self, number, line):
-        try:
-            row = json.loads(line)
-            self.rows[row['key']] = row
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f'{self.path} line {number}: not an answer; name another folder, or mend the line') from e
+        self.path, self._turn = Path(path), threading.Lock()
+        lines = enumerate(_whole_lines(self.path), start=1)
+        self.rows = dict(_answer_row(line, f'{self.path} line {number}') for number, line in lines)
 
     def add(self, row): # key, id, answer and more
         "Write a line, and see it on the disk."
@@ -402,13 +412,13 @@ class _Purse:
     def back(self, cost):
         with self._turn: self.spent, self.dearest, self.away = self.spent + cost, max(self.dearest, cost), self.away - 1
 
-# %% ../nbs/71_models.ipynb #1b931d3c
+# %% ../nbs/71_models.ipynb #c131e2e4
 def _picture_reason(error, question):
     "What is wrong with the picture of an item; its path is known from the item."
     files = [f'{part}: ' for part in question.parts if not isinstance(part, str)]
     return 'its picture: ' + str(error).removeprefix(files[-1] if files else '')
 
-
+# %% ../nbs/71_models.ipynb #c239f577
 class _Asking:
     "Questions under way: each answer goes to the journal."
 
@@ -438,16 +448,11 @@ class _Asking:
         return dict(key=key, id=question.id, answer=answer.text, model=self.answerer.name,
                     tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, at=now)
 
-    def all(self, questions): # key → question
-        "Ask them all; reasons by key."
-        keys = set(questions)
-        known = [row for key, row in self.journal.rows.items() if key in keys]
-        purse, left = _Purse(self.spending, known), [k for k in questions if k not in self.journal.rows]
-        first = left[:1] if self.spending.budget < math.inf and not purse.dearest else []  # says what one costs
-        reasons = {key: self.one(key, questions[key], purse) for key in first}
-        with progress(total=len(questions), initial=len(known), desc='asking', unit='item') as bar, \
-                ThreadPoolExecutor(self.spending.jobs) as pool:
-            under_way = {pool.submit(self.one, key, questions[key], purse): key for key in left[len(first):]}
+    def together(self, questions, purse, bar): # key → question
+        "Ask many, a few at a time; whatever stops it, those under way are awaited."
+        reasons = {}
+        with ThreadPoolExecutor(self.spending.jobs) as pool:
+            under_way = {pool.submit(self.one, key, question, purse): key for key, question in questions.items()}
             try:
                 for done in as_completed(under_way):
                     reasons[under_way[done]] = done.result()
@@ -457,6 +462,19 @@ class _Asking:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         return reasons
+
+# %% ../nbs/71_models.ipynb #9e3123bd
+def _ask_left(asking, questions): # key → question
+    "Ask what the journal does not hold; why some have no answer, by key."
+    known = [row for key, row in asking.journal.rows.items() if key in questions]
+    left = {key: question for key, question in questions.items() if key not in asking.journal.rows}
+    purse, reasons = _Purse(asking.spending, known), {}
+    with progress(total=len(questions), initial=len(known), desc='asking', unit='item') as bar:
+        if left and asking.spending.budget < math.inf and not purse.dearest:  # the first says what one costs
+            key = next(iter(left))
+            reasons[key] = asking.one(key, left.pop(key), purse)
+            bar.update()
+        return reasons | asking.together(left, purse, bar)
 
 # %% ../nbs/71_models.ipynb #820642ab
 def _questions(prompt, items, answerer):
@@ -470,7 +488,15 @@ def _questions(prompt, items, answerer):
         questions.setdefault(key, question)
     return questions, keys, reasons
 
-# %% ../nbs/71_models.ipynb #52b838dc
+# %% ../nbs/71_models.ipynb #f03a445e
+def _read_row(name, row, reason, prompt, spending): # row of the journal; None: no answer
+    "What came of an item."
+    if row is None: return dict(id=name, answer='', label=None, reason=reason, tokens_in=0, tokens_out=0, cost=0.)
+    label, reason = parse_answer(row['answer'], prompt.definition.labels, prompt.yes_no)
+    return dict(id=name, answer=row['answer'], label=label, reason=reason, tokens_in=row['tokens_in'],
+                tokens_out=row['tokens_out'], cost=spending.cost(row))
+
+# %% ../nbs/71_models.ipynb #84440036
 def ask_all(
     prompt: Prompt,
     items: pd.DataFrame, # video_id, text, path
@@ -483,15 +509,8 @@ def ask_all(
     with store_lock(journal):
         book = Journal(journal)
         questions, keys, reasons = _questions(prompt, items, answerer)
-        unanswered = _Asking(answerer, book, spending).all(questions)
+        unanswered = _ask_left(_Asking(answerer, book, spending), questions)
     reasons |= {name: unanswered[key] for name, key in keys.items() if unanswered.get(key)}
-    rows = [_read_row(name, book.rows.get(keys.get(name)), reasons.get(name), prompt, spending) for name in items.video_id]
+    found = {name: book.rows.get(keys.get(name)) for name in items.video_id}
+    rows = [_read_row(name, row, reasons.get(name), prompt, spending) for name, row in found.items()]
     return pd.DataFrame(rows).astype(dict(label='Int64'))
-
-
-def _read_row(name, row, reason, prompt, spending): # row of the journal; None: no answer
-    "What came of an item."
-    if row is None: return dict(id=name, answer='', label=None, reason=reason, tokens_in=0, tokens_out=0, cost=0.)
-    label, reason = parse_answer(row['answer'], prompt.definition.labels, prompt.yes_no)
-    return dict(id=name, answer=row['answer'], label=label, reason=reason, tokens_in=row['tokens_in'],
-                tokens_out=row['tokens_out'], cost=spending.cost(row))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['two_of_three', 'ReannotateSettings', 'read_sources', 'decide', 'measure', 'reannotate', 'format_reannotation']
 
-# %% ../nbs/73_reannotate.ipynb #beadc558
+# %% ../nbs/73_reannotate.ipynb #1ed98da7
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from .ask import Prompt
 from .base import InputError, remove, write_text
 from .memes import LABEL_SOURCES, majority_label, read_definition, read_memes
 from .models import ask_all, Spending
+from .tables import is_empty, numbered_rows
 from .votes import (
     join_votes, people_labels, read_votes, SKIPPED, VOTE_COLUMNS, VoteFiles, write_label_studio, write_sheet)
 
@@ -65,7 +66,7 @@ def read_sources(
     sources = [s for s in LABEL_SOURCES if s in memes]
     return memes.astype(dict.fromkeys(sources, 'Int64'))
 
-# %% ../nbs/73_reannotate.ipynb #5d65e09a
+# %% ../nbs/73_reannotate.ipynb #aa8d275c
 def _with_people(memes, votes):
     "The human label of each item, how many voted, and whether they are split."
     people = people_labels(votes).reindex(memes.video_id)
@@ -84,7 +85,8 @@ def decide(
     "Put the three sources together."
     found = _with_people(memes, votes)
     found['majority'] = two_of_three(found).array
-    needed = (found.original != found.model).fillna(True).astype(bool)
+    waits = found.get('waits', pd.Series(False, found.index))  # for the model
+    needed = (found.original != found.model).fillna(True).astype(bool) & ~waits
     few = (found.voted < people) & ~(found.human.notna() & (found.voted == 0))
     against = found.human.notna() & found.majority.isna()  # people against the label, and no model
     return found.assign(needed=needed, open=needed & (few | found.split), tie=found.split | against)
@@ -116,7 +118,7 @@ def _agreements(decided, votes, settings):
         found['bias'] = bias_table(votes, **resampling).to_dict('index')
     return found
 
-# %% ../nbs/73_reannotate.ipynb #d431fe56
+# %% ../nbs/73_reannotate.ipynb #c38e977e
 def measure(
     decided: pd.DataFrame, # of `decide`
     votes: pd.DataFrame, # of `join_votes`
@@ -126,8 +128,9 @@ def measure(
     "All figures of a re-annotation."
     resampling = dict(n=settings.resamples, seed=settings.seed)
     new = decided[decided.majority.notna()]
-    counts = dict(items=len(decided), agree=int((~decided.needed).sum()), to_people=int(decided.needed.sum()),
-                  voted=int((decided.needed & (decided.human.notna() | decided.split)).sum()), ties=int(decided.tie.sum()),
+    agree, voted = decided.original == decided.model, decided.needed & (decided.human.notna() | decided.split)
+    counts = dict(items=len(decided), agree=int(agree.fillna(False).sum()), to_people=int(decided.needed.sum()),
+                  voted=int(voted.sum()), ties=int(decided.tie.sum()),
                   open=int(decided.open.sum()), decided=len(new))
     return counts | dict(
         tied=decided.video_id[decided.tie].tolist(),
@@ -136,33 +139,36 @@ def measure(
         confusion=confusion(new.original, new.majority, labels).to_dict('index'),
         changed=share((new.original != new.majority).astype(float), **resampling))
 
-# %% ../nbs/73_reannotate.ipynb #2f7f9dba
+# %% ../nbs/73_reannotate.ipynb #7f038652
 def _ask(memes, answerer, examples, files, settings):
     "The model's labels, and what came of each question."
     prompt = Prompt(memes.attrs['definition'], tuple(examples), settings.yes_no, settings.pictures)
     found = ask_all(prompt, memes, answerer, files.answers, settings.spending)
-    return memes.assign(model=found.label.array), found
+    return memes.assign(model=found.label.array, waits=_waits(found).array), found
+
+
+def _waits(found): return found.reason.str.startswith('not asked')  # for a larger budget
 
 
 def _asked_figures(found, answerer):
     "Counts, costs and failures of asking."
-    waits = found.reason.str.startswith('not asked')
-    reasons = Counter(found.reason[(found.reason != '') & ~waits])
-    first = found[found.reason != ''].drop_duplicates('reason').set_index('reason').id
-    return dict(model=answerer.name, answered=int(found.label.notna().sum()), not_asked=int(waits.sum()),
-                why_not_asked=next(iter(found.reason[waits]), ''), failed=sum(reasons.values()),
-                reasons={r: dict(items=n, first=first[r]) for r, n in reasons.most_common()},
-                tokens_in=int(found.tokens_in.sum()), tokens_out=int(found.tokens_out.sum()), cost=float(found.cost.sum()))
+    left, failed = found[_waits(found)], found[(found.reason != '') & ~_waits(found)]
+    first = failed.drop_duplicates('reason').set_index('reason').id
+    return dict(model=answerer.title, answered=int(found.label.notna().sum()), not_asked=len(left),
+                why_not_asked=next(iter(left.reason), ''), failed=len(failed),
+                reasons={r: dict(items=n, first=first[r]) for r, n in Counter(failed.reason).most_common()},
+                tokens_in=int(found.tokens_in.sum()), tokens_out=int(found.tokens_out.sum()),
+                cost=float(found.cost.sum()))
 
-# %% ../nbs/73_reannotate.ipynb #e80debdc
+# %% ../nbs/73_reannotate.ipynb #7ebde03a
 def _read_all_votes(memes, votes, files):
     "The votes of the files that are given and of those of the page; how many each holds."
-    given = list(dict.fromkeys(Path(f).resolve() for f in (*votes, *sorted(files.people.glob('*.csv')))))
-    definition = memes.attrs['definition']
+    of_page = sorted(files.people.glob('*.csv')) if files else []
+    given, definition = dict.fromkeys(Path(f).resolve() for f in (*votes, *of_page)), memes.attrs['definition']
     tables = {os.path.relpath(f): read_votes(f, memes.video_id, definition) for f in given}
     return join_votes(tables.values()), {name: int(t.label.notna().sum()) for name, t in tables.items()}
 
-# %% ../nbs/73_reannotate.ipynb #e2b1909f
+# %% ../nbs/73_reannotate.ipynb #e7cfeb4d
 def _aligned(decided, folder):
     "The table in the aligned form, pictures as seen from its folder."
     image = [os.path.relpath(p, folder) if p else '' for p in decided.path]
@@ -172,7 +178,7 @@ def _aligned(decided, folder):
 
 def _write_failures(found, files):
     "What the model said where no label can be read off it."
-    failed = found[found.reason != ''] if found is not None else []
+    failed = found[(found.reason != '') & ~_waits(found)] if found is not None else []
     if len(failed): write_text(files.failed, failed[['id', 'reason', 'answer']].to_csv(index=False))
     else: remove(files.failed)
 
@@ -203,10 +209,22 @@ def _write_files(decided, votes, found, files, root):
     if decided.tie.any(): write_text(files.ties, decided[decided.tie][_OF_TIES].to_csv(index=False))
     else: remove(files.ties)
 
-# %% ../nbs/73_reannotate.ipynb #2d3fadc2
-def _equal(a, b): return int((a.fillna(-1) == b.fillna(-1)).sum())
+# %% ../nbs/73_reannotate.ipynb #e775daa6
+def _check_sheet(file):
+    "Refuse to write over a sheet that somebody has filled in."
+    if not file.is_file(): return
+    filled = sum(not is_empty(row['label']) for _, row in _sheet_rows(file))
+    if filled: raise InputError(f"{file}: holds {filled} labels and would be written over; "
+                                'rename it after the annotator, and give it as --votes')
 
 
+def _sheet_rows(file):
+    try: return numbered_rows(file, ['id', 'label'])
+    except InputError as e:
+        if 'holds no rows' in str(e): return []
+        raise
+
+# %% ../nbs/73_reannotate.ipynb #9f73d350
 def _check_model(memes, answerer, path):
     "Refuse a table without a model's labels when no model is asked."
     if answerer is None and 'model' not in memes:
@@ -214,6 +232,9 @@ def _check_model(memes, answerer, path):
                          "a local model or a file of answers")
 
 
+def _equal(a, b): return int((a.fillna(-1) == b.fillna(-1)).sum())
+
+# %% ../nbs/73_reannotate.ipynb #3a590794
 def reannotate(
     path: str | Path, # a table of memes; in the aligned form it is measured as it is, unless a model is asked
     definition: str | Path, # the new one: a name, or a .yml
@@ -224,21 +245,21 @@ def reannotate(
     settings: ReannotateSettings = ReannotateSettings(),
 ) -> dict: # figures; `files`: where the tables are
     "Run the stage: ask the model, count the votes, write the tables."
-    memes = read_sources(path, definition, settings)
+    memes, files, found = read_sources(path, definition, settings), VoteFiles(out), None
     _check_model(memes, answerer, path)
-    files, found, old = VoteFiles(out), None, memes.get('majority')
+    if out: _check_sheet(files.to_annotate)
     if answerer: memes = memes.drop(columns=['human', 'majority', 'model'], errors='ignore')
-    cast, counts = _read_all_votes(memes, votes, files) if out or votes else (join_votes([]), {})
+    cast, counts = _read_all_votes(memes, votes, files if out else None)
     if answerer: memes, found = _ask(memes, answerer, examples, files, settings)
-    decided = decide(memes, cast, settings.people)
-    decided.attrs.update(memes.attrs)
-    figures = measure(decided, cast, memes.attrs['definition'].labels, settings)
+    decided, meant = decide(memes, cast, settings.people), memes.attrs['definition']
+    figures = dict(table=str(path), definition=meant.name, left_out=memes.attrs['unlabelled'], votes=counts,
+                   out=str(out), asked=_asked_figures(found, answerer) if answerer else None)
+    figures |= measure(decided, cast, meant.labels, settings)
+    if 'majority' in memes: figures['recomputed'] = _equal(decided.majority, memes.majority)
     if out: _write_files(decided, cast, found, files, Path(path).parent)
-    if old is not None and not answerer: figures['recomputed'] = _equal(decided.majority, old)
-    return dict(table=str(path), definition=memes.attrs['definition'].name, left_out=memes.attrs['unlabelled'],
-                votes=counts, asked=_asked_figures(found, answerer) if answerer else None, out=str(out), **figures)
+    return figures
 
-# %% ../nbs/73_reannotate.ipynb #eb2ef59c
+# %% ../nbs/73_reannotate.ipynb #faaf1970
 def _percent(found): return f"{found['mean']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
 
 
@@ -246,13 +267,14 @@ def _decimal(found): return f"{found['mean']:.2f} [{found['low']:.2f}, {found['h
 
 
 def _asked_lines(asked):
-    lines = [f"asked {asked['model']}: {asked['answered']} answers, {asked['failed']} failed, {asked['not_asked']} not asked"]
+    counts = f"{asked['answered']} answers, {asked['failed']} failed, {asked['not_asked']} not asked"
+    lines = [f"asked {asked['model']}: {counts}"]
     lines += [f"  {r['items']:>5}  {reason} (first: {r['first']})" for reason, r in asked['reasons'].items()]
     if asked['not_asked']: lines.append(f"  {asked['not_asked']:>5}  {asked['why_not_asked']}")
-    if asked['tokens_in']: lines.append(f"  {asked['tokens_in']:,} tokens in, {asked['tokens_out']:,} out, cost {asked['cost']:.4g}")
-    return lines
+    tokens = f"  {asked['tokens_in']:,} tokens in, {asked['tokens_out']:,} out"
+    return [*lines, f"{tokens}, cost {asked['cost']:.4g}"] if asked['tokens_in'] else lines
 
-# %% ../nbs/73_reannotate.ipynb #20e5c4ae
+# %% ../nbs/73_reannotate.ipynb #fcbb77f4
 def _people_lines(agreement):
     "Lines on how far people agree, and who stands apart."
     lines = []
@@ -262,49 +284,64 @@ def _people_lines(agreement):
         lines.append(f'  among people: alpha {_decimal(alpha)}, Fleiss kappa {_decimal(fleiss)}, {items}')
     for pair in agreement.get('pairs', []):
         kappa = dict(mean=pair['kappa'], low=pair['kappa_low'], high=pair['kappa_high'])
-        lines.append(f"  {pair['a']} and {pair['b']}: kappa {_decimal(kappa)}, equal {pair['agreement']:.1%}, {pair['items']} items")
+        equal = f"equal {pair['agreement']:.1%}, {pair['items']} items"
+        lines.append(f"  {pair['a']} and {pair['b']}: kappa {_decimal(kappa)}, {equal}")
     for who, row in agreement.get('bias', {}).items():
         bias = f"{100*row['bias']:+.1f} points [{100*row['low']:+.1f}, {100*row['high']:+.1f}]"
-        lines.append(f"  {who}: {row['votes']} votes, {row['positive']:.1%} positive; {bias} against the others on {row['shared']} shared items")
+        positive = f"{row['votes']} votes, {row['positive']:.1%} positive"
+        lines.append(f"  {who}: {positive}; {bias} against the others on {row['shared']} shared items")
     return lines
 
-# %% ../nbs/73_reannotate.ipynb #e6d15fad
+# %% ../nbs/73_reannotate.ipynb #1383d73e
 def _agreement_lines(agreement):
     "Lines on all agreement."
     lines, sides = ['agreement, with 95 % intervals by item'], agreement['sides']
     if 'original_and_model' in agreement:
         pair = agreement['original_and_model']
-        lines.append(f"  original and model: kappa {_decimal(pair['kappa'])}, equal {_percent(pair['agreement'])}, {pair['items']} items")
-    if sides['items']: lines.append(f"  where they differ, people side with the model in {_percent(sides['model'])} of {sides['items']} items")
+        equal = f"equal {_percent(pair['agreement'])}, {pair['items']} items"
+        lines.append(f"  original and model: kappa {_decimal(pair['kappa'])}, {equal}")
+    with_model = f"{_percent(sides['model'])} of {sides['items']} items"
+    if sides['items']: lines.append(f'  where they differ, people side with the model in {with_model}')
     for mode in ('blind', 'assisted'):
         if mode in sides: lines.append(f"    {mode}: {_percent(sides[mode])}, {sides[mode]['votes']} votes")
     return [*lines, *_people_lines(agreement)]
 
-# %% ../nbs/73_reannotate.ipynb #d9a36786
+# %% ../nbs/73_reannotate.ipynb #54853d0b
 def _next_lines(figures):
     "Where the tables are, and what is to be done."
     if not figures['out']: return []
-    lines = [f"written to {figures['out']}: aligned.csv, votes.csv, to_annotate.csv, label_studio.json, definition.yml"]
-    lines[0] += ', failed.csv'*bool(figures['asked'] and (figures['asked']['failed'] + figures['asked']['not_asked'])) + ', ties.csv'*bool(figures['ties'])
-    if figures['open']:
-        lines += [f"next: {figures['open']} items wait for people. In JupyterLab:",
-                  f"        from hatemm_clip.annotate import annotate; annotate({figures['out']!r}, 'YOUR-NAME')",
-                  "      or fill in to_annotate.csv, and give it as --votes FILE. Then run the same command again."]
-    return lines
+    names = ['aligned.csv', 'votes.csv', 'to_annotate.csv', 'label_studio.json', 'definition.yml']
+    if figures['asked']: names += ['answers.jsonl'] + ['failed.csv']*bool(figures['asked']['failed'])
+    if figures['ties']: names.append('ties.csv')
+    lines = [f"written to {figures['out']}: {', '.join(names)}"]
+    if not figures['open']: return lines
+    return [*lines, f"next: {figures['open']} items wait for people. In JupyterLab:",
+            f"        from hatemm_clip.annotate import annotate; annotate({figures['out']!r}, 'YOUR-NAME')",
+            '      or fill in a copy of to_annotate.csv, named after the annotator, and give it as --votes FILE.',
+            '      Then run the same command again.']
 
-# %% ../nbs/73_reannotate.ipynb #77cc7416
+# %% ../nbs/73_reannotate.ipynb #f4df9069
+def _first_lines(f): # the figures
+    "Counts: what there is, was asked, and is left to people."
+    lines = [f"{f['table']}: {f['items']} items, definition {f['definition']}"]
+    if f['left_out']: lines[0] += f", {f['left_out']} left out for want of a label"
+    if f['asked']: lines += _asked_lines(f['asked'])
+    lines += [f'votes: {n} in {name}' for name, n in f['votes'].items()]
+    tied = f" ({', '.join(f['tied'][:5])}{' …' if f['ties'] > 5 else ''})" if f['ties'] else ''
+    share = _percent(f['share_to_people'])
+    lines += [f"original and model agree on {f['agree']}; {f['to_people']} go to people, {share}",
+              f"of these, {f['voted']} have votes, {f['ties']} are tied{tied}, {f['open']} are open"]
+    if 'recomputed' not in f: return lines
+    return [*lines, f"majority recomputed: equal to that of the file on {f['recomputed']} of {f['items']}"]
+
+# %% ../nbs/73_reannotate.ipynb #88b3ed54
 def format_reannotation(
     figures: dict, # of `reannotate`
 ) -> str: # lines
     "What a re-annotation found, for a person."
-    f, tied = figures, ', '.join(figures['tied'][:5]) + (' …' if figures['ties'] > 5 else '')
-    lines = [f"{f['table']}: {f['items']} items, definition {f['definition']}" + f", {f['left_out']} left out for want of a label"*bool(f['left_out'])]
-    if f['asked']: lines += _asked_lines(f['asked'])
-    lines += [f'votes: {n} in {name}' for name, n in f['votes'].items()]
-    lines += [f"original and model agree on {f['agree']}; {f['to_people']} go to people, {_percent(f['share_to_people'])}",
-              f"of these, {f['voted']} have votes, {f['ties']} are tied{f' ({tied})' if tied else ''}, {f['open']} are open"]
-    if 'recomputed' in f: lines.append(f"majority recomputed from the columns: equal to that of the file on {f['recomputed']} of {f['items']}")
-    lines += _agreement_lines(f['agreement'])
-    table = pd.DataFrame(f['confusion']).T
-    return '\n'.join([*lines, f"labels of {f['decided']} items: {_percent(f['changed'])} changed (rows old, columns new)",
-                      table.to_string(), *_next_lines(f)])
+    lines = [*_first_lines(figures), *_agreement_lines(figures['agreement'])]
+    if figures['voted']:
+        changed = f"{_percent(figures['changed'])} changed (rows old, columns new)"
+        lines.append(f"new labels of {figures['decided']} items, {changed}")
+        lines.append(pd.DataFrame(figures['confusion']).T.to_string())
+    return '\n'.join([*lines, *_next_lines(figures)])

@@ -6,13 +6,13 @@
 __all__ = ['VOTE_COLUMNS', 'SKIPPED', 'UNDONE', 'append_vote', 'read_votes', 'in_own_order', 'write_sheet', 'label_config',
            'write_label_studio', 'join_votes', 'people_labels', 'VoteFiles']
 
-# %% ../nbs/71_votes.ipynb #2f5eccd0
+# %% ../nbs/71_votes.ipynb #13ee8558
 import csv
 import io
 import json
 import os
 from pathlib import Path
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import quoteattr
 
 import pandas as pd
 
@@ -53,12 +53,13 @@ def append_vote(
             os.fsync(f.fileno())
     except OSError as e: raise no_room(path, e) from e
 
-# %% ../nbs/71_votes.ipynb #01c8fd0a
+# %% ../nbs/71_votes.ipynb #2ace03c7
 def _known_id(name, ids, where):
     "An id, if it is one of the items."
     if name in ids: return name
     padded = [i for i in ids if i.lstrip('0') == name.lstrip('0')] if name.isdecimal() else []
-    hint = f"; is it {padded[0]!r}? Spreadsheets drop zeros, so import ids as text" if padded else '; it votes on other items'
+    hint = '; it votes on other items'
+    if padded: hint = f'; is it {padded[0]!r}? Spreadsheets drop zeros, so import ids as text'
     raise InputError(f"{where}: the id {name!r} is not among the {len(ids)} items{hint}")
 
 
@@ -66,9 +67,9 @@ def _vote(row, where, ids, definition, annotator):
     "A row as a vote; the label is a number, or None where it was skipped or taken back."
     word = row['label'].strip()
     number = None if word in (SKIPPED, UNDONE) else definition.number(word, where)
-    return dict(id=_known_id(row['id'].strip(), ids, where), annotator=row.get('annotator', '').strip() or annotator,
-                label=number, mode=row.get('mode', '').strip(), seconds=row.get('seconds', ''), at=row.get('at', '').strip(),
-                undone=word == UNDONE, where=where)
+    rest = {column: row.get(column, '').strip() for column in ('annotator', 'mode', 'seconds', 'at')}
+    rest['annotator'] = rest['annotator'] or annotator
+    return dict(rest, id=_known_id(row['id'].strip(), ids, where), label=number, undone=word == UNDONE, where=where)
 
 # %% ../nbs/71_votes.ipynb #27293e74
 def _last_votes(votes):
@@ -118,7 +119,7 @@ def write_sheet(
     sheet = pd.DataFrame(dict(id=items.video_id, image=image, text=items.text, label='', mode='blind'))
     return write_text(path, sheet.to_csv(index=False))
 
-# %% ../nbs/71_votes.ipynb #7900fc5f
+# %% ../nbs/71_votes.ipynb #8e8b96f5
 def label_config(
     definition: Definition,
     pictures: bool = True, # whether items have any
@@ -126,7 +127,8 @@ def label_config(
     "The labelling interface of Label Studio."
     choices = ''.join(f'<Choice value={quoteattr(w)} hotkey="{i}"/>' for i, w in enumerate(definition.labels, start=1))
     image = '<Image name="image" value="$image" maxHeight="60vh"/>' if pictures else ''
-    return (f'<View><Text name="definition" value={quoteattr(definition.text)}/>{image}<Text name="text" value="$text"/>'
+    definition = f'<Text name="definition" value={quoteattr(definition.text)}/>'
+    return (f'<View>{definition}{image}<Text name="text" value="$text"/>'
             f'<Choices name="label" toName="text" choice="single" required="true">{choices}</Choices></View>\n')
 
 
@@ -150,7 +152,7 @@ def write_label_studio(
     write_text(Path(path).with_suffix('.xml'), label_config(definition, bool(items.path.any())))
     return write_json(path, tasks)
 
-# %% ../nbs/71_votes.ipynb #726e6850
+# %% ../nbs/71_votes.ipynb #e3b6a1fc
 def _who(given):
     "An annotator as Label Studio names one."
     if isinstance(given, dict): given = given.get('email') or given.get('username') or given.get('id')
@@ -169,10 +171,10 @@ def _annotation(annotation):
     results = [r for r in annotation.get('result', []) if r.get('type') == 'choices']
     label = _choice(results[0]['value']) if results else ''
     if annotation.get('was_cancelled') or not label: label = SKIPPED
-    return dict(annotator=_who(annotation.get('completed_by')), label=label, seconds=str(annotation.get('lead_time') or ''),
-                at=str(annotation.get('created_at') or annotation.get('id') or ''))
+    seconds, at = annotation.get('lead_time') or '', annotation.get('created_at') or annotation.get('id') or ''
+    return dict(annotator=_who(annotation.get('completed_by')), label=label, seconds=str(seconds), at=str(at))
 
-# %% ../nbs/71_votes.ipynb #0ca5a0ed
+# %% ../nbs/71_votes.ipynb #025c037c
 def _task_rows(task):
     "The votes of a task, in either form of export."
     data = task.get('data', task)
@@ -180,7 +182,8 @@ def _task_rows(task):
     shared = dict(id=str(data.get('item_id', '')), mode=mode)
     if 'data' in task: return [shared | _annotation(a) for a in task.get('annotations', [])]
     seconds, at = str(task.get('lead_time') or ''), str(task.get('updated_at') or task.get('annotation_id') or '')
-    return [shared | dict(annotator=_who(task.get('annotator')), label=_choice(task.get('label')) or SKIPPED, seconds=seconds, at=at)]
+    who, label = _who(task.get('annotator')), _choice(task.get('label')) or SKIPPED
+    return [shared | dict(annotator=who, label=label, seconds=seconds, at=at)]
 
 
 def _label_studio_rows(path):
@@ -192,10 +195,11 @@ def _label_studio_rows(path):
         raise InputError(f'{path}: not a list of tasks; export from Label Studio as JSON')
     for number, task in enumerate(tasks, start=1):
         where = f'{path} task {number}'
-        if 'item_id' not in task.get('data', task): raise InputError(f'{where}: lacks item_id; import the tasks that were written here')
+        if 'item_id' not in task.get('data', task):
+            raise InputError(f'{where}: lacks item_id; import the tasks that were written here')
         for row in sorted(_task_rows(task), key=lambda row: row['at']): yield where, row
 
-# %% ../nbs/71_votes.ipynb #28064b43
+# %% ../nbs/71_votes.ipynb #c074c23c
 def join_votes(
     tables, # of `read_votes`
 ) -> pd.DataFrame: # their rows, one for each annotator and item
@@ -206,7 +210,8 @@ def join_votes(
     doubled = votes[votes.duplicated(['annotator', 'id'], keep=False)]
     for row in doubled[doubled['at'] == ''].itertuples():
         raise InputError(f"{row.where}: {row.annotator} votes on {row.id!r} in another file, too; keep one")
-    return votes.sort_values('at', kind='stable').drop_duplicates(['annotator', 'id'], keep='last').sort_index(ignore_index=True)
+    last = votes.sort_values('at', kind='stable').drop_duplicates(['annotator', 'id'], keep='last')
+    return last.sort_index(ignore_index=True)
 
 # %% ../nbs/71_votes.ipynb #b3fd11cb
 def people_labels(

@@ -15,6 +15,7 @@ from hatemm_clip.base import InputError, store_lock
 from hatemm_clip.cli import main
 from hatemm_clip.memes import make_memes, read_definition, read_memes
 from hatemm_clip.models import ask_all, Endpoint, Journal, Patience, Spending
+from hatemm_clip.reannotate import reannotate, ReannotateSettings
 from hatemm_clip.votes import append_vote, join_votes, read_votes
 
 HATS = read_definition('hatemm')
@@ -107,6 +108,14 @@ def test_a_budget_is_not_exceeded_by_questions_under_way(tmp_path):
         assert ask(model, some_items(40), tmp_path/'answers.jsonl', jobs=6).label.notna().all() and len(model.asked) == 40
 
 
+def test_what_a_budget_leaves_waits_for_the_model_and_not_for_people(table, tmp_path):
+    with FakeModel() as model:
+        settings = ReannotateSettings(spending=Spending(jobs=2, price_in=1., budget=.0205))
+        figures = reannotate(table, 'hatemm', tmp_path/'out', Endpoint(model.url, 'fake', patience=QUICK), settings=settings)
+    assert figures['asked']['answered'] == 20 and figures['asked']['not_asked'] == 20 and not figures['asked']['failed']
+    assert figures['agree'] + figures['to_people'] == 20 and not (tmp_path/'out/failed.csv').exists()
+
+
 def test_two_runs_on_one_folder_are_refused(tmp_path):
     with store_lock(tmp_path/'answers.jsonl'), FakeModel() as model:
         with pytest.raises(InputError, match='another run is writing'): ask(model, some_items(1), tmp_path/'answers.jsonl')
@@ -141,6 +150,9 @@ def test_the_command_from_labels_to_a_table(table, hatemm, tmp_path):
     assert len(pd.read_csv(out/'votes.csv')) == 3*len(sheet) - 3
     again = hatemm('reannotate', out/'aligned.csv', '--definition', 'hatemm')
     assert 'equal to that of the file on 40 of 40' in again.stdout
+    sheet.assign(label='hateful').to_csv(out/'to_annotate.csv', index=False)
+    refused = hatemm(*args, '--answers', out/'answers.jsonl')
+    assert refused.returncode == 2 and 'would be written over' in refused.stderr
 
 
 def test_a_key_is_sent_and_written_nowhere(table, hatemm, tmp_path, monkeypatch):
@@ -192,6 +204,7 @@ def bad_inputs(folder, table):
         'two answers for one id': ([table, *hats, '--answers', folder/'answers.csv'], "line 3: the id '0001' is there twice"),
         'no such model': ([table, *hats, '--local', folder], 'no config.json'),
         'two ways to ask': ([table, *hats, '--local', folder, '--answers', file], 'give one'),
+        'a budget without prices': ([table, *hats, '--answers', file, '--budget', 1], 'needs --price-in or --price-out'),
         'shots of no examples': ([table, *hats, '--answers', file, '--shots', 2], 'give both')}
 
 
