@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['past_votes', 'AnnotationQueue', 'as_html', 'AnnotationPage', 'annotate']
 
-# %% ../nbs/72_annotate.ipynb #0157eea6
+# %% ../nbs/72_annotate.ipynb #9caa85c6
 import base64
 import re
 import time
@@ -22,24 +22,26 @@ from .base import InputError
 from .media import MediaError
 from .memes import Definition, LABEL_SOURCES, read_definition
 from .tables import numbered_rows
-from .votes import append_vote, in_own_order, SKIPPED, UNDONE, VOTE_COLUMNS, VoteFiles
+from .votes import (
+    append_vote, in_own_order, mend_votes, rows_so_far, SKIPPED, UNDONE, VOTE_COLUMNS, VoteFiles)
 
-# %% ../nbs/72_annotate.ipynb #2f7c4c23
+# %% ../nbs/72_annotate.ipynb #0f568f18
 def past_votes(
     path: str | Path, # .csv of `append_vote`; there need be none
 ) -> dict: # id → the row that counts, in the order of the votes
     "What an annotator has done, without what was taken back."
     done = {}
     if not Path(path).is_file(): return done
-    for _, row in numbered_rows(path, VOTE_COLUMNS):
+    mend_votes(path)
+    for _, row in rows_so_far(path, VOTE_COLUMNS):
         done.pop(row['id'], None)
         if row['label'] != UNDONE: done[row['id']] = row
     return done
 
-# %% ../nbs/72_annotate.ipynb #9357bb95
+# %% ../nbs/72_annotate.ipynb #f47b684d
 def _is_today(at): return datetime.fromisoformat(at).astimezone().date() == date.today()
 
-
+# %% ../nbs/72_annotate.ipynb #16835189
 class AnnotationQueue:
     "The items of an annotator, one after the other."
 
@@ -168,12 +170,13 @@ class AnnotationPage(anywidget.AnyWidget):
         except InputError as e: error = f'not kept: {e}'
         self.show(error)
 
-# %% ../nbs/72_annotate.ipynb #d14a6a2e
+# %% ../nbs/72_annotate.ipynb #b54a83d3
 def _items_of(path):
     "The items of a sheet."
-    rows = [row for _, row in numbered_rows(path, ['id', 'text'], ['image'])]
+    rows = [row for _, row in rows_so_far(path, ['id', 'text'], ['image'])]
     found = lambda row: str(path.parent/row['image']) if row.get('image') else ''
-    return pd.DataFrame([dict(video_id=row['id'], path=found(row), text=row['text']) for row in rows])
+    items = [dict(video_id=row['id'], path=found(row), text=row['text']) for row in rows]
+    return pd.DataFrame(items, columns=['video_id', 'path', 'text'])
 
 
 def _answers_of(path, definition):

@@ -152,7 +152,7 @@ def _show(text, path, description=''):
     if description: parts.append(f'Description: {description}')
     return [*parts, f'Text: {text}' if text else 'Text: (none)']
 
-# %% ../nbs/71_ask.ipynb #fd08e5a1
+# %% ../nbs/71_ask.ipynb #ea380b78
 @dataclass(frozen=True)
 class Prompt:
     "How a model is asked."
@@ -163,9 +163,10 @@ class Prompt:
 
     def request(self):
         "The sentence that says what an answer looks like."
-        negative, positive = self.definition.labels[0], self.definition.labels[-1]
+        negative, positive = self.definition.labels
         if self.yes_no: return f'Is the item {positive}? Answer with one word, yes or no.'
-        return f'Is the item {negative} or {positive}? Answer with one word, {negative} or {positive}.'
+        how = 'these words alone' if ' ' in negative + positive else 'one word'
+        return f'Is the item "{negative}" or "{positive}"? Answer with {how}, "{negative}" or "{positive}".'
 
     def question(
         self,
@@ -174,7 +175,7 @@ class Prompt:
         path: str = '', # of the picture or video; '' for none
     ) -> Question:
         "Ask about an item; an example with its id is not shown."
-        parts = [f'Definition: {self.definition.text.strip()}']
+        parts = [f'Definition of "{self.definition.labels[1]}": {self.definition.text.strip()}']
         for example in self.examples:
             if example.id != id: parts += ['', 'Example', *self._shown(example), f'Answer: {self._word(example)}']
         parts += ['', 'Item', *_show(text, path if self.pictures else ''), '', self.request(), 'Answer:']
@@ -185,7 +186,7 @@ class Prompt:
 
     def _word(self, example):
         if not self.yes_no: return example.label
-        return 'yes' if example.label == self.definition.labels[-1] else 'no'
+        return 'yes' if example.label == self.definition.labels[1] else 'no'
 
 # %% ../nbs/71_ask.ipynb #4481a31a
 _SIGNS = str.maketrans({'‐': '-', '‑': '-', '–': '-', '—': '-', '−': '-', '’': "'", '“': '"', '”': '"'})
@@ -196,45 +197,49 @@ def _plain(answer):
     text = re.sub(r'<think>.*?(</think>|$)', ' ', answer, flags=re.S | re.I).translate(_SIGNS)
     return re.sub(r'```(json)?|[*`#]', '', text).strip().casefold()
 
-# %% ../nbs/71_ask.ipynb #f5529466
+# %% ../nbs/71_ask.ipynb #b7d9e63c
 _NOT = r"\bnon[\s_-]*|\bno\s+|\b(?:not|never|hardly|\w+n't)\s+(?:(?!only\b|just\b|merely\b)\w+\s+){0,3}"
 
 
+def _any_of(words):
+    "A pattern for any of some words, the longest first."
+    loose = [r'[\s_-]*'.join(map(re.escape, re.findall(r'\w+', word.casefold()))) for word in words]
+    return '|'.join(sorted(loose, key=len, reverse=True))
+
+
 @lru_cache
-def _label_pattern(labels):
-    "A pattern that finds labels, the longest first, and what denies them."
-    words = [r'[\s_-]*'.join(map(re.escape, re.findall(r'\w+', label.casefold()))) for label in labels]
-    order = sorted(range(len(words)), key=lambda i: -len(words[i]))
-    any_label = '|'.join(rf'(?P<l{i}>\b{words[i]}\b)' for i in order)
-    return re.compile(rf'(?:{any_label})|(?P<no>{_NOT})(?P<denied>{words[-1]}\b)')
+def _label_pattern(negative, positive): # words for the labels
+    "A pattern that finds labels, and what denies the positive one."
+    harmful = _any_of(positive)
+    return re.compile(rf'\b(?P<n>{_any_of(negative)})\b|\b(?P<p>{harmful})\b|(?P<no>{_NOT})(?:{harmful})\b')
 
-# %% ../nbs/71_ask.ipynb #d304453b
-def _labels_in(text, labels):
+
+def _pattern_of(definition):
+    words = [(label, i) for i, label in enumerate(definition.labels)] + list(definition.spellings.items())
+    return _label_pattern(*(tuple(word for word, i in words if int(i) == number) for number in (0, 1)))
+
+# %% ../nbs/71_ask.ipynb #08665be5
+def _labels_in(text, definition):
     "Numbers of the labels that a text states."
-    found, pattern = set(), _label_pattern(labels)
-    for match in pattern.finditer(text):
-        if match['no']: found.add(0 if len(labels) == 2 else None)
-        else: found.add(int(match.lastgroup[1:]))
-    return found
+    return {int(bool(match['p'])) for match in _pattern_of(definition).finditer(text)}
 
-# %% ../nbs/71_ask.ipynb #aa5fd2f5
+# %% ../nbs/71_ask.ipynb #269810ec
 _BARE = ' \t\n.,;:!?"\'()[]{}'
 
 
-def _exact(text, labels, yes_no):
+def _exact(text, definition, yes_no):
     "The label that a text consists of; None where it is anything else."
     bare = text.strip(_BARE)
-    if yes_no and bare in ('yes', 'no'): return int(bare == 'yes')*(len(labels) - 1)
-    if bare in map(str, range(len(labels))): return int(bare)
-    match = _label_pattern(labels).fullmatch(bare)
-    if not match: return None
-    return next(iter(_labels_in(bare, labels)))
+    if yes_no and bare in ('yes', 'no'): return int(bare == 'yes')
+    if bare in ('0', '1'): return int(bare)
+    match = _pattern_of(definition).fullmatch(bare)
+    return int(bool(match['p'])) if match else None
 
-# %% ../nbs/71_ask.ipynb #93f28be1
+# %% ../nbs/71_ask.ipynb #b90aa3d5
 _ANSWERS = ('answer', 'label', 'classification', 'prediction', 'class', 'verdict', 'category', 'result')
 
 
-def _json_value(text, labels):
+def _json_value(text, definition):
     "What an object in JSON gives as its answer, as words; None where there is none."
     match = re.search(r'\{.*\}', text, re.S)
     try: found = json.loads(match[0]) if match else None
@@ -243,8 +248,8 @@ def _json_value(text, labels):
     value = next((found[name] for name in _ANSWERS if name in found), None)
     if isinstance(value, bool): return 'yes' if value else 'no'
     if value is not None: return str(value)
-    stated = found.get(labels[-1].casefold())
-    return labels[int(stated)*(len(labels) - 1)].casefold() if isinstance(stated, bool) else None
+    stated = found.get(definition.labels[1].casefold())
+    return str(int(stated)) if isinstance(stated, bool) else None
 
 # %% ../nbs/71_ask.ipynb #70d80436
 _MARK = re.compile(r'(?:answer|label|classification|verdict|conclusion)(?: is| would be)?\s*[:=]?\s*')
@@ -267,22 +272,22 @@ def _why_none(text, found):
     if _WAVERS.search(text): return 'the model did not decide'
     return 'the answer names both labels' if len(found) > 1 else 'the answer names neither label'
 
-# %% ../nbs/71_ask.ipynb #9438ca75
+# %% ../nbs/71_ask.ipynb #917c9820
 def parse_answer(
     answer: str, # as the model gave it
-    labels: tuple, # the definition's words
+    definition: Definition,
     yes_no: bool = False, # whether that was asked
 ) -> tuple: # number of the label, or None; the reason, '' where there is a label
     "Read the label off an answer."
     text = _plain(answer)
     if not text: return None, 'the answer is empty'
-    value = _json_value(text, labels)
+    value = _json_value(text, definition)
     if value is not None: text = value
-    found = _labels_in(text, labels)
-    said = [_exact(candidate, labels, yes_no) for candidate in (text, *_candidates(text))]
+    found = _labels_in(text, definition)
+    said = [_exact(candidate, definition, yes_no) for candidate in (text, *_candidates(text))]
     number = next((n for n in said if n is not None), None)
     if yes_no and number is not None and found and number not in found: return None, 'the answer contradicts itself'
     if number is not None: return number, ''
     doubtful = _REFUSES.search(text) or _WAVERS.search(text)
-    if len(found) == 1 and None not in found and not doubtful: return found.pop(), ''
+    if len(found) == 1 and not doubtful: return found.pop(), ''
     return None, _why_none(text, found)

@@ -58,13 +58,13 @@ def chat_address(
     if not path.endswith('/chat/completions'): path += '/chat/completions'
     return parts._replace(path=path).geturl()
 
-# %% ../nbs/71_models.ipynb #7c8af78c
+# %% ../nbs/71_models.ipynb #e2b153ff
 class Pace:
     "Lets at most `rate` requests start a minute."
     def __init__(self, rate=0): # 0: as many as come
         self.gap, self._free, self._lock = 60/rate if rate else 0, 0., threading.Lock()
 
-    def wait(self, stopped=threading.Event()): # ends the sleep
+    def wait(self, stopped): # an Event that ends the sleep
         "Sleep until it is this thread's turn."
         with self._lock:
             start = max(self._free, time.monotonic())
@@ -75,7 +75,7 @@ class Pace:
         "Let nobody start for a while."
         with self._lock: self._free = max(self._free, time.monotonic() + seconds)
 
-# %% ../nbs/71_models.ipynb #7b93e5c9
+# %% ../nbs/71_models.ipynb #9cecd72e
 _MOST_PATIENCE = 600  # s
 
 
@@ -86,9 +86,8 @@ def retry_after(
     if not value: return 0.
     try: return max(0., float(value))
     except ValueError: pass
-    try: when = parsedate_to_datetime(value)
+    try: return max(0., parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError: return 0.
-    return max(0., (when - datetime.now(timezone.utc)).total_seconds())
 
 # %% ../nbs/71_models.ipynb #c6c3b6a1
 class _Again(Exception):
@@ -141,12 +140,13 @@ class Patience:
     backoff: float = 1. # s before the second try; doubles up to 60, and the server's own advice counts
     in_a_row: int = 5 # questions that may fail one after the other
 
-# %% ../nbs/71_models.ipynb #61ba0341
+# %% ../nbs/71_models.ipynb #a6d3ee4c
 def _network_error(error, timeout):
     "What happened on the way to a server, in a few words."
     import requests
     text = str(error)
-    if isinstance(error, requests.Timeout): return _Again(f'no answer within {timeout:g} s', down=True)
+    slow = isinstance(error, requests.ReadTimeout) or 'Read timed out' in text
+    if slow: return _Again(f'no answer within {timeout:g} s')
     if 'refused' in text: return _Again('nobody listens there (connection refused)', down=True)
     if re.search('resolve|Name or service|getaddrinfo', text): return _Again('no such host', down=True)
     if re.search('RemoteDisconnected|reset|aborted|ncomplete|premature', text): return _Again('the connection was cut')
@@ -266,11 +266,11 @@ def _load(folder, device):
         raise InputError(f'{folder}: not a vision-language model that transformers can load ({first_line(e)})') from e
     return processor, model.to(device).eval()
 
-# %% ../nbs/71_models.ipynb #f3a3a413
+# %% ../nbs/71_models.ipynb #510809a2
 def _as_prompt(processor, question):
     "The words for a model, with signs where the pictures go."
     is_word = lambda part: isinstance(part, str)
-    if processor.chat_template:
+    if getattr(processor, 'chat_template', None):
         content = [dict(type='text', text=p) if is_word(p) else dict(type='image') for p in question.parts]
         return processor.apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True)
     sign = getattr(processor, 'image_token', '<image>')
@@ -488,11 +488,11 @@ def _questions(prompt, items, answerer):
         questions.setdefault(key, question)
     return questions, keys, reasons
 
-# %% ../nbs/71_models.ipynb #f03a445e
+# %% ../nbs/71_models.ipynb #9a137a7a
 def _read_row(name, row, reason, prompt, spending): # row of the journal; None: no answer
     "What came of an item."
     if row is None: return dict(id=name, answer='', label=None, reason=reason, tokens_in=0, tokens_out=0, cost=0.)
-    label, reason = parse_answer(row['answer'], prompt.definition.labels, prompt.yes_no)
+    label, reason = parse_answer(row['answer'], prompt.definition, prompt.yes_no)
     return dict(id=name, answer=row['answer'], label=label, reason=reason, tokens_in=row['tokens_in'],
                 tokens_out=row['tokens_out'], cost=spending.cost(row))
 

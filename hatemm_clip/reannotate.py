@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['two_of_three', 'ReannotateSettings', 'read_sources', 'decide', 'measure', 'reannotate', 'format_reannotation']
 
-# %% ../nbs/73_reannotate.ipynb #1ed98da7
+# %% ../nbs/73_reannotate.ipynb #1b676958
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -19,9 +19,10 @@ from .ask import Prompt
 from .base import InputError, remove, write_text
 from .memes import LABEL_SOURCES, majority_label, read_definition, read_memes
 from .models import ask_all, Spending
-from .tables import is_empty, numbered_rows
+from .tables import is_empty
 from .votes import (
-    join_votes, people_labels, read_votes, SKIPPED, VOTE_COLUMNS, VoteFiles, write_label_studio, write_sheet)
+    join_votes, people_labels, read_votes, rows_so_far, SKIPPED, VOTE_COLUMNS, VoteFiles,
+    write_label_studio, write_sheet)
 
 # %% ../nbs/73_reannotate.ipynb #f55cd8a6
 def two_of_three(
@@ -209,20 +210,13 @@ def _write_files(decided, votes, found, files, root):
     if decided.tie.any(): write_text(files.ties, decided[decided.tie][_OF_TIES].to_csv(index=False))
     else: remove(files.ties)
 
-# %% ../nbs/73_reannotate.ipynb #e775daa6
+# %% ../nbs/73_reannotate.ipynb #f2d4b227
 def _check_sheet(file):
     "Refuse to write over a sheet that somebody has filled in."
     if not file.is_file(): return
-    filled = sum(not is_empty(row['label']) for _, row in _sheet_rows(file))
+    filled = sum(not is_empty(row['label']) for _, row in rows_so_far(file, ['id', 'label']))
     if filled: raise InputError(f"{file}: holds {filled} labels and would be written over; "
                                 'rename it after the annotator, and give it as --votes')
-
-
-def _sheet_rows(file):
-    try: return numbered_rows(file, ['id', 'label'])
-    except InputError as e:
-        if 'holds no rows' in str(e): return []
-        raise
 
 # %% ../nbs/73_reannotate.ipynb #9f73d350
 def _check_model(memes, answerer, path):
