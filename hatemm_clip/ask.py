@@ -197,7 +197,7 @@ def _plain(answer):
     text = re.sub(r'<think>.*?(</think>|$)', ' ', answer, flags=re.S | re.I).translate(_SIGNS)
     return re.sub(r'```(json)?|[*`#]', '', text).strip().casefold()
 
-# %% ../nbs/71_ask.ipynb #b7d9e63c
+# %% ../nbs/71_ask.ipynb #f1e2a97e
 _NOT = r"\bnon[\s_-]*|\bno\s+|\b(?:not|never|hardly|\w+n't)\s+(?:(?!only\b|just\b|merely\b)\w+\s+){0,3}"
 
 
@@ -210,8 +210,9 @@ def _any_of(words):
 @lru_cache
 def _label_pattern(negative, positive): # words for the labels
     "A pattern that finds labels, and what denies the positive one."
-    harmful = _any_of(positive)
-    return re.compile(rf'\b(?P<n>{_any_of(negative)})\b|\b(?P<p>{harmful})\b|(?P<no>{_NOT})(?:{harmful})\b')
+    harmless, harmful = _any_of(negative), _any_of(positive)
+    denied = rf'(?:{_NOT})(?:{harmful})\b|\b(?:{harmful})\s*[:=?]+\s*(?:no|false)\b'
+    return re.compile(rf'\b(?:{harmless})\b|{denied}|\b(?P<p>{harmful})\b')
 
 
 def _pattern_of(definition):
@@ -251,7 +252,7 @@ def _json_value(text, definition):
     stated = found.get(definition.labels[1].casefold())
     return str(int(stated)) if isinstance(stated, bool) else None
 
-# %% ../nbs/71_ask.ipynb #70d80436
+# %% ../nbs/71_ask.ipynb #9d3737c7
 _MARK = re.compile(r'(?:answer|label|classification|verdict|conclusion)(?: is| would be)?\s*[:=]?\s*')
 
 
@@ -259,7 +260,7 @@ def _candidates(text):
     "Places where models put their answer: after a mark, the first words, the last line."
     lines = text.splitlines()
     marked = [text[m.end():].splitlines()[0] for m in _MARK.finditer(text) if text[m.end():].strip()]
-    return [*(re.split(r'[.,;(]', line)[0] for line in marked[::-1]), re.split(r'[.,;:!\n]', text)[0], lines[-1]]
+    return [*(re.split(r'[.,;(]', line)[0] for line in marked[::-1]), re.split(r'[.,;!\n]', text)[0], lines[-1]]
 
 # %% ../nbs/71_ask.ipynb #e6d29c38
 _REFUSES = re.compile(r"\b(?:can't|cannot|can not|won't|unable|sorry|not able|not comfortable|decline)\b")
@@ -272,7 +273,7 @@ def _why_none(text, found):
     if _WAVERS.search(text): return 'the model did not decide'
     return 'the answer names both labels' if len(found) > 1 else 'the answer names neither label'
 
-# %% ../nbs/71_ask.ipynb #917c9820
+# %% ../nbs/71_ask.ipynb #c10dfc13
 def parse_answer(
     answer: str, # as the model gave it
     definition: Definition,
@@ -280,9 +281,9 @@ def parse_answer(
 ) -> tuple: # number of the label, or None; the reason, '' where there is a label
     "Read the label off an answer."
     text = _plain(answer)
-    if not text: return None, 'the answer is empty'
     value = _json_value(text, definition)
-    if value is not None: text = value
+    if value is not None: text = value.strip()
+    if not text: return None, 'the answer is empty'
     found = _labels_in(text, definition)
     said = [_exact(candidate, definition, yes_no) for candidate in (text, *_candidates(text))]
     number = next((n for n in said if n is not None), None)

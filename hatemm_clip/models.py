@@ -6,7 +6,7 @@
 __all__ = ['KEY_NAME', 'Answer', 'Unanswered', 'chat_address', 'Pace', 'retry_after', 'Patience', 'Endpoint', 'LocalModel',
            'read_answers', 'AnswerFile', 'Journal', 'Spending', 'ask_all']
 
-# %% ../nbs/71_models.ipynb #17269ec1
+# %% ../nbs/71_models.ipynb #54754bb6
 import base64
 import io
 import json
@@ -28,7 +28,6 @@ from .ask import parse_answer, picture_bytes, Prompt, Question
 from .base import (
     file_sha256, first_line, InputError, no_room, progress, short_hash, store_lock)
 from .media import MediaError
-from .memes import Definition
 from .tables import numbered_rows
 
 # %% ../nbs/71_models.ipynb #946b565f
@@ -108,7 +107,7 @@ def _as_message(question):
     if len(content) == 1: content = content[0]['text']  # understood by models for words alone, too
     return [dict(role='user', content=content)]
 
-# %% ../nbs/71_models.ipynb #dde0e515
+# %% ../nbs/71_models.ipynb #68a55a99
 def _told(response):
     "What a server says about its failure, in a line."
     try: error = response.json()
@@ -126,7 +125,8 @@ def _answer_of(response):
         message, usage = choice['message'], found.get('usage') or {}
         content = message.get('content') or message.get('refusal') or ''
         if isinstance(content, list): content = ''.join(part.get('text', '') for part in content)
-        return Answer(str(content), int(usage.get('prompt_tokens') or 0), int(usage.get('completion_tokens') or 0))
+        words = str(content).encode('utf-8', 'replace').decode('utf-8')  # half an emoji cannot be written to a file
+        return Answer(words, int(usage.get('prompt_tokens') or 0), int(usage.get('completion_tokens') or 0))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise _Again('what the server sent is not an answer in the form of OpenAI\'s protocol') from None
 
