@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['past_votes', 'AnnotationQueue', 'as_html', 'AnnotationPage', 'annotate']
 
-# %% ../nbs/72_annotate.ipynb #9caa85c6
+# %% ../nbs/72_annotate.ipynb #9eaf6250
 import base64
 import re
 import time
 from datetime import date, datetime, timezone
-from importlib.resources import files as package_files
+from importlib.resources import files
 from pathlib import Path
 
 import anywidget
@@ -127,10 +127,13 @@ def _message(queue):
     return f'{queue.daily} votes are enough for today. Go on tomorrow.' if queue.capped else ''
 
 
-# %% ../nbs/72_annotate.ipynb #0bbca884
+# %% ../nbs/72_annotate.ipynb #80f6bf44
+def _asset(name): return (files('hatemm_clip')/'assets'/name).read_text(encoding='utf-8')
+
+# %% ../nbs/72_annotate.ipynb #de22497a
 class AnnotationPage(anywidget.AnyWidget):
     "A page on an `AnnotationQueue`."
-    _esm, _css = (Path(package_files('hatemm_clip')/'assets'/f'annotate.{kind}') for kind in ('js', 'css'))
+    _esm, _css = traitlets.Unicode().tag(sync=True), traitlets.Unicode().tag(sync=True)
     setup, state = traitlets.Dict().tag(sync=True), traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -143,7 +146,7 @@ class AnnotationPage(anywidget.AnyWidget):
         self.queue, self.items, self.answers = queue, items.set_index('video_id'), model or {}
         setup = dict(labels=list(queue.definition.labels), guideline=_side_text(queue.definition),
                      annotator=queue.annotator, assisted=queue.mode == 'assisted', blurred=blurred)
-        super().__init__(setup=setup, state={})
+        super().__init__(setup=setup, state={}, _esm=_asset('annotate.js'), _css=_asset('annotate.css'))
         self.on_msg(self._act)
         self.show()
 
@@ -185,7 +188,7 @@ def _answers_of(path, definition):
     rows = [row for _, row in numbered_rows(path, ['id', column])]
     return {row['id']: definition.labels[int(row[column])] for row in rows if row[column]}
 
-# %% ../nbs/72_annotate.ipynb #423cc954
+# %% ../nbs/72_annotate.ipynb #7dab68db
 def annotate(
     folder: str | Path, # of `hatemm reannotate`
     annotator: str, # your name: letters, digits, dots, hyphens
@@ -194,12 +197,12 @@ def annotate(
     blurred: bool = True, # pictures, until asked for
 ) -> AnnotationPage: # the last line of a cell shows it
     "Open the page on the items that are left to people."
-    files = VoteFiles(folder)
+    run = VoteFiles(folder)
     if not re.fullmatch(r'\w[\w.@-]{0,63}', annotator):
         raise InputError(f"annotator is {annotator!r}; expected a name of letters, digits, dots and hyphens")
-    if not files.to_annotate.is_file():
-        raise InputError(f'{folder}: holds no {files.to_annotate.name}; run hatemm reannotate --out {folder} first')
-    definition, items = read_definition(files.definition), _items_of(files.to_annotate)
+    if not run.to_annotate.is_file():
+        raise InputError(f'{folder}: holds no {run.to_annotate.name}; run hatemm reannotate --out {folder} first')
+    definition, items = read_definition(run.definition), _items_of(run.to_annotate)
     mode = 'assisted' if assisted else 'blind'
-    queue = AnnotationQueue(items.video_id, definition, files.people/f'{annotator}.csv', annotator, mode, daily)
-    return AnnotationPage(queue, items, _answers_of(files.aligned, definition) if assisted else None, blurred)
+    queue = AnnotationQueue(items.video_id, definition, run.people/f'{annotator}.csv', annotator, mode, daily)
+    return AnnotationPage(queue, items, _answers_of(run.aligned, definition) if assisted else None, blurred)
