@@ -429,14 +429,14 @@ def export(path: str = FEATURES, out: str = typer.Argument(..., help='A .npz or 
     from hatemm_clip.features import export_features
     print(export_features(path, out))
 
-# %% ../nbs/97_cli.ipynb #7ea22b81
+# %% ../nbs/97_cli.ipynb #cc5da064
 def _answerer(endpoint, model, local, answers, **options): # key_from, max_tokens, device, patience
     "Who answers; None: nobody is asked."
     from hatemm_clip.base import InputError
     from hatemm_clip.models import AnswerFile, Endpoint, LocalModel
     if sum(map(bool, (endpoint, local, answers))) > 1:
         raise InputError('--endpoint, --local and --answers are three ways to the same thing; give one')
-    if bool(endpoint) != bool(model): raise InputError('--endpoint URL and --model NAME, as the server calls it, go together')
+    if bool(endpoint) != bool(model): raise InputError('--endpoint URL and --model NAME go together; give both')
     if answers: return AnswerFile(answers)
     if local: return LocalModel(local, options['device'], options['max_tokens'])
     if not endpoint: return None
@@ -470,7 +470,7 @@ def _examples(file, shots, definition):
     found = read_examples(file, read_definition(definition))
     return choose_examples(found, shots or len(found))
 
-# %% ../nbs/97_cli.ipynb #b08590b6
+# %% ../nbs/97_cli.ipynb #481b9210
 def _reannotate(asked, json_file):
     "Run it, and print what came of it; Ctrl-C keeps what was answered."
     from hatemm_clip.reannotate import format_reannotation, reannotate
@@ -480,32 +480,41 @@ def _reannotate(asked, json_file):
         raise typer.Exit(130) from None
     _emit(figures, json_file)
     if json_file != '-': print(format_reannotation(figures))
+    asked_in_vain = figures['asked'] and figures['asked']['failed'] and not figures['asked']['answered']
+    if asked_in_vain: raise typer.Exit(1)
 
-# %% ../nbs/97_cli.ipynb #3dbca124
+# %% ../nbs/97_cli.ipynb #813608e5
 @app.command()
 def reannotate(
-    table: str = typer.Argument(..., metavar='CSV', help='Memes: image, text, label; or the aligned form, which is measured as it is.'),
-    definition: str = typer.Option(..., metavar='FILE', help='What the new labels mean: a .yml, or hatemm, mhc, fhm, mami, multioff.'),
-    endpoint: str = typer.Option('', metavar='URL', help='Ask a server that speaks OpenAI\'s protocol (vLLM, Ollama …).'),
+    table: str = typer.Argument(
+        ..., metavar='CSV', help='Memes: image, text, label; or the aligned form, which is measured as it is.'),
+    definition: str = typer.Option(
+        ..., metavar='FILE', help='What the new labels mean: a .yml, or hatemm, mhc, fhm, mami, multioff.'),
+    endpoint: str = typer.Option('', metavar='URL', help="Ask a server with OpenAI's protocol (vLLM, Ollama …)."),
     model: str = typer.Option('', metavar='NAME', help='The model, as the server calls it.'),
-    local: str = typer.Option('', metavar='FOLDER', help='Ask a vision-language model of transformers on this machine.'),
+    local: str = typer.Option('', metavar='FOLDER', help='Ask a vision-language model on this machine.'),
     answers: str = typer.Option('', metavar='FILE', help='Take answers from a table of id and answer.'),
-    examples: str = typer.Option('', metavar='CSV', help='Labelled examples for the model: id, label, text, description.'),
+    examples: str = typer.Option(
+        '', metavar='CSV', help='Labelled examples for the model: id, label, text, description.'),
     shots: int = typer.Option(0, min=0, help='How many of them are shown, the labels in turn; 0: all.'),
     votes: list[str] = typer.Option([], metavar='CSV', help='Votes of people: id, label. Once for each file.'),
-    label_studio: list[str] = typer.Option([], metavar='JSON', help='Votes as Label Studio exports them. Once for each file.'),
-    out: str = typer.Option('', metavar='FOLDER', help='Gets the tables and goes on from them; by default CSV_reannotated, once anybody is asked or has voted.'),
+    label_studio: list[str] = typer.Option(
+        [], metavar='JSON', help='Votes as Label Studio exports them. Once for each file.'),
+    out: str = typer.Option(
+        '', metavar='FOLDER', help='Gets the tables; by default CSV_reannotated, once anybody is asked or has voted.'),
     people: int = typer.Option(1, min=1, help='Votes of people that an item needs where label and model differ.'),
     yes_no: bool = typer.Option(False, '--yes-no', help='Ask the model for yes or no, not for the label.'),
     text_only: bool = typer.Option(False, '--text-only', help='Show the model no pictures.'),
-    labels_of: str = typer.Option('', metavar='FILE', help='Definition of the old labels, where their words do not say which is which.'),
+    labels_of: str = typer.Option(
+        '', metavar='FILE', help='Definition of the old labels, where their words do not say which is which.'),
     positive: str = typer.Option('', help='The positive one of the old labels, where the words do not say it.'),
     jobs: int = typer.Option(4, min=1, help='Questions asked at once.'),
     rate: int = typer.Option(0, min=0, help='Requests a minute, at most; 0: as many as come.'),
     timeout: float = typer.Option(120., min=.1, help='Seconds that an answer may take.'),
     tries: int = typer.Option(5, min=1, help='Tries a question gets, further apart each time.'),
     max_tokens: int = typer.Option(64, min=1, help='Longest answer; models that think aloud need more.'),
-    key_from: str = typer.Option('', metavar='NAME', help='Environment variable that holds the key; by default HATEMM_API_KEY.'),
+    key_from: str = typer.Option(
+        '', metavar='NAME', help='Environment variable that holds the key; by default HATEMM_API_KEY.'),
     price_in: float = typer.Option(0., min=0, help='Price of a million tokens sent.'),
     price_out: float = typer.Option(0., min=0, help='Price of a million tokens answered.'),
     budget: float = typer.Option(None, min=0, help='Stop asking before this is spent; needs the prices.'),

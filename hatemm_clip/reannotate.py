@@ -286,10 +286,10 @@ def _people_lines(agreement):
         lines.append(f"  {who}: {positive}; {bias} against the others on {row['shared']} shared items")
     return lines
 
-# %% ../nbs/73_reannotate.ipynb #1383d73e
+# %% ../nbs/73_reannotate.ipynb #5c2678b9
 def _agreement_lines(agreement):
     "Lines on all agreement."
-    lines, sides = ['agreement, with 95 % intervals by item'], agreement['sides']
+    lines, sides = [], agreement['sides']
     if 'original_and_model' in agreement:
         pair = agreement['original_and_model']
         equal = f"equal {_percent(pair['agreement'])}, {pair['items']} items"
@@ -298,7 +298,8 @@ def _agreement_lines(agreement):
     if sides['items']: lines.append(f'  where they differ, people side with the model in {with_model}')
     for mode in ('blind', 'assisted'):
         if mode in sides: lines.append(f"    {mode}: {_percent(sides[mode])}, {sides[mode]['votes']} votes")
-    return [*lines, *_people_lines(agreement)]
+    lines += _people_lines(agreement)
+    return ['agreement, with 95 % intervals by item', *lines] if lines else []
 
 # %% ../nbs/73_reannotate.ipynb #54853d0b
 def _next_lines(figures):

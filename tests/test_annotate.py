@@ -1,12 +1,15 @@
 "Re-annotation: a model behind every kind of server, killed runs, votes of people, the page without a browser, bad input."
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 
 import pandas as pd
 import pytest
 from answering import cut, FakeModel, malformed, slow, status
+from conftest import ROOT
 from killing import kill_runs
 
 from hatemm_clip.annotate import annotate, AnnotationQueue, past_votes
@@ -114,6 +117,24 @@ def test_what_a_budget_leaves_waits_for_the_model_and_not_for_people(table, tmp_
         figures = reannotate(table, 'hatemm', tmp_path/'out', Endpoint(model.url, 'fake', patience=QUICK), settings=settings)
     assert figures['asked']['answered'] == 20 and figures['asked']['not_asked'] == 20 and not figures['asked']['failed']
     assert figures['agree'] + figures['to_people'] == 20 and not (tmp_path/'out/failed.csv').exists()
+
+
+def test_a_model_that_answers_nothing_ends_with_a_status(table, hatemm, tmp_path):
+    with FakeModel(lambda text, times: 'A man in a hat.') as model:
+        done = hatemm('reannotate', table, '--definition', 'hatemm', '--out', tmp_path/'out', '--endpoint', model.url, '--model', 'm')
+    assert done.returncode == 1 and '0 answers, 40 failed' in done.stdout and not done.stderr
+
+
+def test_ctrl_c_keeps_what_was_answered(table, tmp_path):
+    with FakeModel(delay=.3) as model:
+        command = [sys.executable, '-m', 'hatemm_clip', 'reannotate', table, '--definition', 'hatemm', '--out', tmp_path/'out', '--endpoint', model.url, '--model', 'm', '--jobs', '2']
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        while len(model.asked) < 5: time.sleep(.05)
+        run.send_signal(signal.SIGINT)
+        told = run.communicate(timeout=60)[1]
+        asked = len(model.asked)
+    assert run.returncode == 130 and told == 'stopped; what was answered is kept, run again to go on\n'
+    assert len(Journal(tmp_path/'out/answers.jsonl').rows) == asked, 'those under way are awaited'
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
