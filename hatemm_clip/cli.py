@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'bundle_app', 'BENCHES', 'main', 'demo', 'fetch', 'init',
-           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'score', 'bundle_about', 'serve',
-           'encoders', 'index', 'search', 'bench']
+           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'reannotate', 'score',
+           'bundle_about', 'serve', 'encoders', 'index', 'search', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
 import json
@@ -428,6 +428,110 @@ def export(path: str = FEATURES, out: str = typer.Argument(..., help='A .npz or 
     "Write features as one file."
     from hatemm_clip.features import export_features
     print(export_features(path, out))
+
+# %% ../nbs/97_cli.ipynb #cc5da064
+def _answerer(endpoint, model, local, answers, **options): # key_from, max_tokens, device, patience
+    "Who answers; None: nobody is asked."
+    from hatemm_clip.base import InputError
+    from hatemm_clip.models import AnswerFile, Endpoint, LocalModel
+    if sum(map(bool, (endpoint, local, answers))) > 1:
+        raise InputError('--endpoint, --local and --answers are three ways to the same thing; give one')
+    if bool(endpoint) != bool(model): raise InputError('--endpoint URL and --model NAME go together; give both')
+    if answers: return AnswerFile(answers)
+    if local: return LocalModel(local, options['device'], options['max_tokens'])
+    if not endpoint: return None
+    return Endpoint(endpoint, model, options['max_tokens'], _key_name(options['key_from']), options['patience'])
+
+# %% ../nbs/97_cli.ipynb #b3b1b569
+def _key_name(given):
+    "The environment variable of the key; one that was named must be there."
+    from hatemm_clip.base import InputError
+    from hatemm_clip.models import KEY_NAME
+    if given and not os.environ.get(given):
+        raise InputError(f'--key-from {given}: no such environment variable; put the key into it, and export it')
+    return given or KEY_NAME
+
+
+def _budget(given, prices):
+    "What may be spent; without prices nobody knows what is."
+    from hatemm_clip.base import InputError
+    if given is None: return math.inf
+    if not prices: raise InputError('--budget needs --price-in or --price-out, of a million tokens')
+    return given
+
+
+def _examples(file, shots, definition):
+    "The labelled examples that the model is shown."
+    from hatemm_clip.ask import choose_examples, read_examples
+    from hatemm_clip.base import InputError
+    from hatemm_clip.memes import read_definition
+    if not file and shots: raise InputError('--shots says how many of --examples are shown; give both')
+    if not file: return []
+    found = read_examples(file, read_definition(definition))
+    return choose_examples(found, shots or len(found))
+
+# %% ../nbs/97_cli.ipynb #481b9210
+def _reannotate(asked, json_file):
+    "Run it, and print what came of it; Ctrl-C keeps what was answered."
+    from hatemm_clip.reannotate import format_reannotation, reannotate
+    try: figures = reannotate(**asked)
+    except KeyboardInterrupt:
+        print('stopped; what was answered is kept, run again to go on', file=sys.stderr)
+        raise typer.Exit(130) from None
+    _emit(figures, json_file)
+    if json_file != '-': print(format_reannotation(figures))
+    asked_in_vain = figures['asked'] and figures['asked']['failed'] and not figures['asked']['answered']
+    if asked_in_vain: raise typer.Exit(1)
+
+# %% ../nbs/97_cli.ipynb #813608e5
+@app.command()
+def reannotate(
+    table: str = typer.Argument(
+        ..., metavar='CSV', help='Memes: image, text, label; or the aligned form, which is measured as it is.'),
+    definition: str = typer.Option(
+        ..., metavar='FILE', help='What the new labels mean: a .yml, or hatemm, mhc, fhm, mami, multioff.'),
+    endpoint: str = typer.Option('', metavar='URL', help="Ask a server with OpenAI's protocol (vLLM, Ollama …)."),
+    model: str = typer.Option('', metavar='NAME', help='The model, as the server calls it.'),
+    local: str = typer.Option('', metavar='FOLDER', help='Ask a vision-language model on this machine.'),
+    answers: str = typer.Option('', metavar='FILE', help='Take answers from a table of id and answer.'),
+    examples: str = typer.Option(
+        '', metavar='CSV', help='Labelled examples for the model: id, label, text, description.'),
+    shots: int = typer.Option(0, min=0, help='How many of them are shown, the labels in turn; 0: all.'),
+    votes: list[str] = typer.Option([], metavar='CSV', help='Votes of people: id, label. Once for each file.'),
+    label_studio: list[str] = typer.Option(
+        [], metavar='JSON', help='Votes as Label Studio exports them. Once for each file.'),
+    out: str = typer.Option(
+        '', metavar='FOLDER', help='Gets the tables; by default CSV_reannotated, once anybody is asked or has voted.'),
+    people: int = typer.Option(1, min=1, help='Votes of people that an item needs where label and model differ.'),
+    yes_no: bool = typer.Option(False, '--yes-no', help='Ask the model for yes or no, not for the label.'),
+    text_only: bool = typer.Option(False, '--text-only', help='Show the model no pictures.'),
+    labels_of: str = typer.Option(
+        '', metavar='FILE', help='Definition of the old labels, where their words do not say which is which.'),
+    positive: str = typer.Option('', help='The positive one of the old labels, where the words do not say it.'),
+    jobs: int = typer.Option(4, min=1, help='Questions asked at once.'),
+    rate: int = typer.Option(0, min=0, help='Requests a minute, at most; 0: as many as come.'),
+    timeout: float = typer.Option(120., min=.1, help='Seconds that an answer may take.'),
+    tries: int = typer.Option(5, min=1, help='Tries a question gets, further apart each time.'),
+    max_tokens: int = typer.Option(64, min=1, help='Longest answer; models that think aloud need more.'),
+    key_from: str = typer.Option(
+        '', metavar='NAME', help='Environment variable that holds the key; by default HATEMM_API_KEY.'),
+    price_in: float = typer.Option(0., min=0, help='Price of a million tokens sent.'),
+    price_out: float = typer.Option(0., min=0, help='Price of a million tokens answered.'),
+    budget: float = typer.Option(None, min=0, help='Stop asking before this is spent; needs the prices.'),
+    device: str = typer.Option('auto', help='Where a local model runs: cpu, cuda or auto.'),
+    json_file: str = JSON,
+):
+    "Align old labels with a new definition: a model, votes of people, agreement."
+    from hatemm_clip.models import Patience, Spending
+    from hatemm_clip.reannotate import ReannotateSettings
+    spending = Spending(jobs, price_in, price_out, _budget(budget, price_in + price_out))
+    settings = ReannotateSettings(yes_no, not text_only, spending, people, labels_of, positive)
+    shown, patience = _examples(examples, shots, definition), Patience(rate, timeout, tries)
+    options = dict(key_from=key_from, max_tokens=max_tokens, device=device, patience=patience)
+    answerer, voted = _answerer(endpoint, model, local, answers, **options), [*votes, *label_studio]
+    if not out and (answerer or voted): out = f'{Path(table).stem}_reannotated'
+    asked = dict(path=table, definition=definition, out=out, answerer=answerer, examples=shown, votes=voted)
+    _reannotate(asked | dict(settings=settings), json_file)
 
 # %% ../nbs/97_cli.ipynb #2a0658ac
 def _print_row(row):

@@ -68,10 +68,10 @@ def _separator(text, path, wanted):
     return max(signs, key=lambda sign: (len(known & set(map(column_key, columns[sign]))), len(columns[sign])))
 
 # %% ../nbs/006_tables.ipynb #5038447d
-def _table_lines(path, wanted):
+def _table_lines(path, wanted, strict):
     "Number of the first line, and the cells, of each row that is not blank."
     text, begins = _read_text(path), 1
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter=_separator(text, path, wanted), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter=_separator(text, path, wanted), strict=strict)
     try:
         for cells in reader:
             of_excel = begins == 1 and cells and cells[0].startswith('sep=')
@@ -100,10 +100,10 @@ def _check_columns(names, required, where):
     raise InputError(f"{where}: lacks the column{'s'*(len(lacks) > 1)} {', '.join(lacks)}; it has {has}")
 
 # %% ../nbs/006_tables.ipynb #9206427a
-def _csv_rows(path, required, optional):
+def _csv_rows(path, required, optional, strict):
     "Where each row stands, and the row, of a table with a header."
     wanted = [*required, *optional]
-    lines = _table_lines(path, wanted)
+    lines = _table_lines(path, wanted, strict)
     header = next(lines, None)
     if not header: return
     names = _rename_columns(header[1], wanted, path)
@@ -112,7 +112,7 @@ def _csv_rows(path, required, optional):
     for number, cells in lines: yield (where := f'{path} line {number}'), _fit_row(cells, names, where)
 
 # %% ../nbs/006_tables.ipynb #0a9cf14f
-def _json_rows(path, required, optional):
+def _json_rows(path, required, optional, strict):
     "Where each row stands, and the row, of a file with an object a line."
     for number, line in enumerate(_read_text(path).split('\n'), start=1):
         if not line.strip(): continue
@@ -135,12 +135,13 @@ def numbered_rows(
     file: str | Path, # as for `read_rows`
     required: list[str],
     optional: list[str] = (),
+    strict: bool = True, # False: a quote within a quoted cell need not be doubled, as long as the cells are as many as the columns
 ) -> list[tuple[str, dict]]: # FILE line N, and the row
     "Where each row stands, and the row."
     path = Path(file)
     if not path.is_file(): raise InputError(f"{path}: no such file; the data set's folder must hold it")
     read = _json_rows if path.suffix.lower() == '.jsonl' else _csv_rows
-    rows = list(read(path, required, optional))
+    rows = list(read(path, required, optional, strict))
     if not rows: raise InputError(f"{path}: holds no rows")
     return rows
 
