@@ -271,7 +271,7 @@ def _notes(videos, data, memes, label_from):
     notes = [_used(videos, data), _meant(data, memes, label_from)]
     if quoted: notes.append(f'{quoted} memes left out: a video says nearly the same')
     if silent: notes.append(f'{silent} of {N} videos have none of it; to the experts they are average ones')
-    if data.prompted is None: notes.append('No-FT is the prior alone, one answer for all: there is no encoder for prompts')
+    if data.prompted is None: notes.append('No-FT is the prior alone, one answer for all: no encoder, no prompts')
     return notes
 
 # %% ../nbs/73_sides.ipynb #b7a876a7
