@@ -46,6 +46,6 @@ setup(
     cmdclass={"build_py": BuildWithNotebooks},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "emotion", "ray", "real", "search", "serve")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "emotion", "ray", "real", "search", "serve", "vlm")},
     entry_points={"console_scripts": lines("console_scripts") or [cfg["console_scripts"]]},
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'bundle_app', 'BENCHES', 'main', 'demo', 'fetch', 'init',
-           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'info', 'export', 'reannotate', 'score',
+           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'transfer', 'info', 'export', 'reannotate', 'score',
            'bundle_about', 'serve', 'encoders', 'index', 'search', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
@@ -408,6 +408,52 @@ def robust(
     best = choose_training(predictions)
     print(f'\nworst swap on test, by training condition (on validation, {best} is best):')
     print(worst_case(predictions).round(3).to_string())
+
+# %% ../nbs/97_cli.ipynb #ef754a36
+def _shares(text):
+    "Shares, as numbers between commas."
+    from hatemm_clip.base import InputError
+    try: return tuple(float(share) for share in text.split(','))
+    except ValueError as e: raise InputError(f'--shares {text}: expected numbers between commas, such as 0.1,0.5,1') from e
+
+# %% ../nbs/97_cli.ipynb #2b869bb1
+def _print_transfer(result, out):
+    "The table, the differences, and what a reader must know."
+    from hatemm_clip.transfer import format_differences, format_transfer
+    print(format_transfer(result['rows']).to_string(index=False))
+    print('\ndifferences, paired by video; p corrected for all comparisons in one metric (Holm):')
+    print(format_differences(result['differences']).to_string(index=False))
+    for note in result['notes']: print(note)
+    if out: print(f'predictions, rows and pictures: {out}')
+
+# %% ../nbs/97_cli.ipynb #1f9452c2
+@app.command()
+def transfer(
+    memes: str = typer.Option(..., '--memes', metavar='CSV', help='A table of memes with one kind of label or several, see 70_memes.'),
+    videos: str = typer.Option(
+        ..., '--videos', metavar='FEATURES|TABLE', help='A run, a .lance store, a .npz file, or a table of id, text, label and split.'),
+    text: str = typer.Option('', metavar='FILE', help='Ids and texts of the videos (.json, .jsonl, .csv, .parquet).'),
+    label_from: str = typer.Option('majority', help="Labels of RM-FT: original, model, human or majority; OM-FT takes original."),
+    encoder: str = typer.Option('minilm', help="Whose text tower encodes words, unless a run names its own; '' for lexical alone."),
+    shares: str = typer.Option('0.1,0.25,0.5,1', help="Of the videos' training and validation parts."),
+    draws: int = typer.Option(5, help='Draws of every share below 1.'),
+    positive: str = typer.Option('', help='Of a table of videos: the positive label, where the words do not tell.'),
+    seed: int = typer.Option(0),
+    out: str = typer.Option('', metavar='FOLDER', help='Where predictions, rows and pictures go.'),
+    json_file: str = JSON,
+):
+    "Measure what memes, as labelled or re-annotated, are worth on videos."
+    from hatemm_clip.base import InputError
+    from hatemm_clip.sides import load_sides
+    from hatemm_clip.transfer import study_transfer, summarise_transfer, TransferSettings, write_transfer
+    settings = TransferSettings(_shares(shares), draws, seed)
+    if out and Path(out).is_file(): raise InputError(f'--out {out}: a file; name a folder')
+    data, notes = load_sides(memes, videos, text, label_from, encoder, positive=positive, seed=seed, folder=_cache_folder())
+    predictions = study_transfer(data, settings)
+    result, made = summarise_transfer(predictions, notes), dict(memes=Path(memes).name, videos=Path(videos).name)
+    if out: write_transfer(predictions, result, out, **made, label_from=label_from, seed=seed)
+    _emit(result, json_file)
+    if json_file != '-': _print_transfer(result, out)
 
 # %% ../nbs/97_cli.ipynb #6c425b47
 features_app = typer.Typer(no_args_is_help=True, help='Look into features, or take them elsewhere.')

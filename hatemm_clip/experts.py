@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEXICAL', 'NARROW', 'KINDS', 'COMBINED', 'Kind', 'kinds_for', 'expert_inputs', 'decision_scores', 'inner_folds',
-           'Expert', 'fit_expert', 'average_probs', 'fit_stack', 'CombinedClassifier', 'dump_experts', 'load_experts']
+           'Fitted', 'fit_kind', 'Expert', 'fit_expert', 'average_probs', 'fit_stack', 'CombinedClassifier',
+           'dump_experts', 'load_experts']
 
 # %% ../nbs/37_experts.ipynb #157a6a6f
 import dataclasses
@@ -134,6 +135,32 @@ def _platt(scores, labels):
     return LogisticRegression(C=10).fit(scores, labels)
 
 # %% ../nbs/37_experts.ipynb #db855c68
+class Fitted(NamedTuple):
+    "A model with what was learned about it on inner folds."
+    setting: float # the chosen one
+    model: object # of scikit-learn, fitted on all rows
+    scale: object # logistic regression from scores to probabilities
+    inner: np.ndarray # scores of each row by a model that was not trained on it, (n, 1) or (n, C)
+
+
+def fit_kind(
+    kind: Kind,
+    x, # what its model takes, n rows
+    labels: np.ndarray, # int (n,)
+    groups: np.ndarray, # what must stay together, (n,)
+    seed: int = 0, # of the inner folds
+) -> Fitted:
+    "Choose a model's setting and scale on inner folds, and fit it on all rows."
+    from sklearn.metrics import log_loss
+    folds, tried = inner_folds(labels, groups, seed), []
+    for setting in kind.settings:
+        inner = _cross_scores(kind.make(setting), x, labels, folds)
+        scale = _platt(inner, labels)
+        tried.append((log_loss(labels, scale.predict_proba(inner)), setting, inner, scale))
+    _, setting, inner, scale = min(tried, key=lambda t: t[0])
+    return Fitted(setting, fit_words(kind.make(setting), x, labels), scale, inner)
+
+# %% ../nbs/37_experts.ipynb #4bf50edb
 @dataclasses.dataclass
 class Expert:
     "A fitted model of one modality, with its scale."
@@ -158,19 +185,12 @@ def fit_expert(
     seed: int = 0, # of the inner folds
 ) -> Expert:
     "Choose an expert's setting and scale on inner folds, and fit it on the whole part."
-    from sklearn.metrics import log_loss
     x, there = expert_inputs(features, modality)
     if not there.any(): raise InputError(f'{modality} is absent from every clip of the training part; leave it out with --modalities')
-    x, labels, make, tried = x[there], features.labels[there], KINDS[kind].make, []
-    folds = inner_folds(labels, features.groups[there], seed)
-    for setting in KINDS[kind].settings:
-        inner = _cross_scores(make(setting), x, labels, folds)
-        scale = _platt(inner, labels)
-        tried.append((log_loss(labels, scale.predict_proba(inner)), setting, inner, scale))
-    _, setting, inner, scale = min(tried, key=lambda t: t[0])
-    everywhere = np.full((len(features), inner.shape[1]), np.nan)
-    everywhere[there] = inner
-    return Expert(modality, kind, setting, fit_words(make(setting), x, labels), scale, everywhere)
+    found = fit_kind(KINDS[kind], x[there], features.labels[there], features.groups[there], seed)
+    everywhere = np.full((len(features), found.inner.shape[1]), np.nan)
+    everywhere[there] = found.inner
+    return Expert(modality, kind, found.setting, found.model, found.scale, everywhere)
 
 # %% ../nbs/37_experts.ipynb #3c80d05d
 COMBINED = ('Average', 'Stack')  # heads that combine experts
