@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'MEDIA_SUFFIXES', 'detect_dataset', 'span_faults', 'row_faults',
-           'table_faults', 'count_annotations', 'media_faults', 'duplicate_faults', 'file_faults', 'check_dataset',
-           'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
+           'table_faults', 'count_annotations', 'media_faults', 'duplicate_faults', 'file_faults', 'find_media',
+           'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
 
 # %% ../nbs/03_check.ipynb #345fb6e6
 import os
@@ -214,6 +214,16 @@ def file_faults(
             reason = f'no row names it; {path.stem} is missing' if path.stem in missing else 'no row names it'
             faults.append(('surplus', f'{folder.name}/{path.name}', reason))
     return faults
+
+# %% ../nbs/03_check.ipynb #1fde5eea
+def find_media(
+    folder: str | Path,
+    suffixes=MEDIA_SUFFIXES, # in lower case
+) -> list[Path]: # by their names
+    "Media files in a folder and below; hidden ones are left out."
+    named = (p for p in sorted(Path(folder).rglob('*')) if p.suffix.lower() in suffixes)
+    hidden = lambda p: any(part.startswith('.') for part in p.relative_to(folder).parts)
+    return [p for p in named if not hidden(p) and p.is_file()]
 
 # %% ../nbs/03_check.ipynb #9e9aa8a5
 def _report(name, data_dir, videos, looks, texts, faults):

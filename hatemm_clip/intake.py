@@ -15,7 +15,7 @@ import numpy as np
 
 from .base import InputError
 from .tables import read_rows
-from .check import MEDIA_SUFFIXES
+from .check import find_media, MEDIA_SUFFIXES
 
 # %% ../nbs/82_intake.ipynb #e39427fa
 @dataclass(frozen=True)
@@ -30,13 +30,9 @@ class Item:
 SCORED_SUFFIXES = MEDIA_SUFFIXES | {'.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff'}
 
 
-def _is_hidden(path, folder): return any(part.startswith('.') for part in path.relative_to(folder).parts)
-
-
 def _media_in(folder):
-    "Media files in a folder and below, by their names; hidden ones are left out."
-    named = (p for p in sorted(folder.rglob('*')) if p.suffix.lower() in SCORED_SUFFIXES)
-    found = [str(p) for p in named if not _is_hidden(p, folder) and p.is_file()]
+    "Media files in a folder and below, by their names."
+    found = [str(p) for p in find_media(folder, SCORED_SUFFIXES)]
     if found: return found
     raise InputError(f"{folder}: no video, sound or picture in this folder; it looks for names such as *.mp4 and *.png")
 
