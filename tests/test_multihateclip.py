@@ -50,7 +50,7 @@ def run(folder, tmp_path_factory):
 def test_dead_links_are_too_many_unless_somebody_says_so(folder, tmp_path):
     for name in PARTS: os.link(folder/f'{name}.tsv', tmp_path/f'{name}.tsv')
     with pytest.raises(InputError, match='30 of 30 items failed, more than 99%; the first: .*no such file'): prepare_data('mhc_en', tmp_path, tmp_path/'run', max_failed=.99)
-    with pytest.raises(InputError, match='none of 30 videos can be used'): prepare_data('mhc_en', tmp_path, tmp_path/'run', max_failed=1.)
+    with pytest.raises(InputError, match='none of 30 files can be used'): prepare_data('mhc_en', tmp_path, tmp_path/'run', max_failed=1.)
     assert not (tmp_path/'run').exists()
 
 
