@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMOTIONS', 'SENTIMENTS', 'STRONG', 'DESCRIPTIONS', 'PROMPTS', 'tokens_of', 'count_words', 'compound', 'is_emotional',
-           'emotion_of', 'describe_emotions', 'clip_emotions', 'mean_emotions', 'picture_emotions']
+           'emotion_of', 'emotion_shares', 'describe_emotions', 'clip_emotions', 'mean_emotions', 'picture_emotions']
 
 # %% ../nbs/78_emotion.ipynb #c67aee4e
-import json
 import re
 from functools import lru_cache
 
@@ -79,7 +78,7 @@ def emotion_of(
     counts = count_words(text)
     return dict(emotion=int(is_emotional(text)), **{name: counts[name] for name in (*SENTIMENTS, *EMOTIONS)})
 
-# %% ../nbs/78_emotion.ipynb #a97a2398
+# %% ../nbs/78_emotion.ipynb #44969393
 DESCRIPTIONS = dict(
     joy='I am so happy, this is wonderful and fun', trust='I trust them, they are honest and reliable friends',
     fear='I am afraid, this is frightening and dangerous', surprise='I am surprised, I did not expect this at all',
@@ -89,15 +88,24 @@ DESCRIPTIONS = dict(
 _TEMPERATURE = .05
 
 
+def emotion_shares(
+    vectors: np.ndarray, # of texts, unit vectors (N, D)
+    encoder: Encoder, # that made them
+) -> np.ndarray: # float (N, E), in the order of DESCRIPTIONS; a row sums to 1
+    "Emotions of texts that are encoded already."
+    anchors = encode_texts(encoder, list(DESCRIPTIONS.values())).numpy()
+    cosines = vectors @ anchors.T/_TEMPERATURE
+    shares = np.exp(cosines - cosines.max(1, keepdims=True, initial=-np.inf))
+    return shares/shares.sum(1, keepdims=True)
+
+# %% ../nbs/78_emotion.ipynb #c380ad92
 def describe_emotions(
     texts: list[str], # each within the encoder's context
     encoder: Encoder, # with a text tower
 ) -> pd.DataFrame: # a row a text; a column an emotion and neutral, shares that sum to 1; NaN for an empty text
     "Emotions of texts by their likeness to descriptions."
-    anchors = encode_texts(encoder, list(DESCRIPTIONS.values())).numpy()
-    cosines = encode_texts(encoder, list(texts)).numpy() @ anchors.T/_TEMPERATURE
-    shares = np.exp(cosines - cosines.max(1, keepdims=True, initial=-np.inf))
-    table = pd.DataFrame(shares/shares.sum(1, keepdims=True), columns=list(DESCRIPTIONS))
+    shares = emotion_shares(encode_texts(encoder, list(texts)).numpy(), encoder)
+    table = pd.DataFrame(shares, columns=list(DESCRIPTIONS))
     return table.where(pd.Series([bool(t.strip()) for t in texts], dtype=bool), axis=0)
 
 # %% ../nbs/78_emotion.ipynb #bcca5794

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['count_ngrams', 'BayesWeights', 'count_bayes', 'fit_words', 'CountedTexts', 'NgramColumns', 'BayesColumns',
-           'lexical_features', 'read_texts', 'with_texts', 'encode_beside', 'find_copies', 'copied_clips',
+           'lexical_features', 'read_texts', 'with_texts', 'encode_beside', 'same_texts', 'find_copies', 'copied_clips',
            'join_groups', 'texts_only', 'read_text_split', 'read_text_table']
 
 # %% ../nbs/24_lexical.ipynb #98df1f75
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,15 @@ def _same_vectors(array): # float32 (N, D)
     _, which, count = np.unique(array.round(4), axis=0, return_inverse=True, return_counts=True)
     shared = [np.flatnonzero(which == v) for v in np.flatnonzero((count > 1) & (count <= _FEW))]
     return [pair for rows in shared for pair in itertools.combinations(rows.tolist(), 2)]
+
+# %% ../nbs/24_lexical.ipynb #741de7cf
+def same_texts(
+    texts, # str (N,)
+) -> list: # pairs of rows, each with the first that says the same
+    "Find texts of the same words, whatever their case and signs."
+    words = pd.Series([' '.join(re.findall(r'\w+', t.lower())) for t in texts])
+    rows = words[words != ''].groupby(words).groups.values()  # labels of rows; `indices` would count those that are left
+    return [(int(group[0]), int(other)) for group in rows for other in group[1:]]
 
 # %% ../nbs/24_lexical.ipynb #c9a29a89
 def find_copies(

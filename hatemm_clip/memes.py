@@ -7,8 +7,8 @@ __all__ = ['DEFINITIONS', 'LABEL_SOURCES', 'Definition', 'read_definition', 'maj
            'MemeSettings', 'given_words', 'prepare_memes']
 
 # %% ../nbs/70_memes.ipynb #9e39c73e
-import json
 import re
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .base import InputError, OCR, read_table, remove, Run, table_hash, TRANSCRIPTS, write_table, write_text
-from .tables import class_key, class_names, column_key, is_empty, numbered_rows, order_labels
+from .base import InputError, read_table, Run, table_hash, TRANSCRIPTS, write_table, write_text
+from .tables import class_key, class_names, is_empty, numbered_rows, order_labels
 from .data import DataSettings, near_duplicate_texts, PART_NAMES, prepare_videos
 from .demo import plan_corpus
 from .scenes import draw_scene
+from .lexical import same_texts
 
 # %% ../nbs/70_memes.ipynb #300c0012
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _draw_meme(plan, rng, size=(320, 240)):
     "A scene with its words in a white band above it, as a Pillow image."
     from PIL import Image, ImageDraw, ImageFont
     scene = plan.scenes[plan.hostile_shots[0] if plan.hostile_shots else 0]
-    lines = _wrapped(_caption(plan))
+    lines = textwrap.wrap(_caption(plan), 36)
     picture = Image.new('RGB', (size[0], size[1] + 22*len(lines) + 8), 'white')
     picture.paste(draw_scene(scene, *size, rng), (0, 22*len(lines) + 8))
     font = ImageFont.load_default(17)
@@ -261,11 +262,6 @@ def _draw_meme(plan, rng, size=(320, 240)):
     return picture
 
 # %% ../nbs/70_memes.ipynb #fc25cb42
-def _wrapped(text, width=36):
-    import textwrap
-    return textwrap.wrap(text, width)
-
-
 def _four_labels(plan, rng):
     "The labels of a meme by source."
     hostile = int(any(kind in _HOSTILE for kind, _ in plan.sentences))
@@ -280,8 +276,9 @@ def make_memes(
     n: int = 240, # memes, at least 10
     seed: int = 0,
 ) -> Path: # memes.csv, in the aligned form
-    "Draw invented memes; those that are there already stay."
+    "Draw invented memes."
     folder, plans, rows = Path(folder), plan_corpus(n, seed + 5000), []
+    (folder/'img').mkdir(parents=True, exist_ok=True)
     for i, plan in enumerate(plans):
         rng, name = np.random.default_rng([seed, i]), f'{i:04d}'
         picture, votes = _draw_meme(plan, rng), _four_labels(plan, rng)
@@ -289,8 +286,7 @@ def make_memes(
         part = np.random.default_rng([seed, plan.look.seed]).choice(['train', 'val', 'test'], p=[.6, .2, .2])
         labels = {LABEL_SOURCES[s]: '' if v is None else v for s, v in votes.items()}
         rows.append(dict(id=name, image=f'img/{name}.png', text=text, type=str(part), **labels))
-        (folder/'img').mkdir(parents=True, exist_ok=True)
-        if not (folder/'img'/f'{name}.png').exists(): picture.save(folder/'img'/f'{name}.png')
+        picture.save(folder/'img'/f'{name}.png')
     write_text(folder/'memes.csv', pd.DataFrame(rows).to_csv(index=False))
     return folder/'memes.csv'
 
@@ -310,10 +306,9 @@ class MemeSettings:
 # %% ../nbs/70_memes.ipynb #a33f6964
 def _same_texts(memes):
     "Pairs of ids whose words are the same, or nearly."
-    texts = dict(zip(memes.video_id, memes.text))
-    keys = memes.text.map(class_key)
-    same = memes[keys != ''].groupby(keys).video_id.apply(list)
-    return near_duplicate_texts(texts, min_words=8) + [(ids[0], other) for ids in same for other in ids[1:]]
+    ids = memes.video_id.tolist()
+    near = near_duplicate_texts(dict(zip(ids, memes.text)), min_words=8)
+    return near + [(ids[a], ids[b]) for a, b in same_texts(memes.text)]
 
 # %% ../nbs/70_memes.ipynb #cdb72b19
 def _asked_split(memes, split):
@@ -360,7 +355,7 @@ def given_words(
 def prepare_memes(
     memes: str | Path, # for `read_memes`
     run_dir: str | Path, # gets clips.parquet, splits.parquet, transcripts.parquet
-    dataset: str = 'memes', # its name in the tables; demo: invented
+    dataset: str = 'memes', # its name in the tables; demo_memes: invented
     **settings, # as for `MemeSettings`
 ) -> pd.DataFrame: # clips
     "Run the stage: from a collection of memes to the tables of a run."

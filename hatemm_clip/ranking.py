@@ -8,7 +8,6 @@ __all__ = ['MEASURES', 'rank_items', 'recall_at', 'mean_ranks', 'measure_ranks',
 
 # %% ../nbs/79_ranking.ipynb #a27083c2
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +140,7 @@ def read_captions(
     if not path.is_file(): raise InputError(f'{path}: no such file; expected captions of MSR-VTT, DiDeMo or MSVD')
     if path.suffix == '.txt': rows = [_line(line) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
     else: rows = _caption_rows(path)
-    table = pd.DataFrame([row for row in rows if row], columns=['video_id', 'caption', 'start', 'end']).dropna(axis=1, how='all')
+    table = pd.DataFrame(rows, columns=['video_id', 'caption', 'start', 'end']).dropna(axis=1, how='all')
     if table.empty: raise InputError(f'{path}: holds no caption')
     return table
 

@@ -10,7 +10,6 @@ __all__ = ['read_videos', 'read_meme_labels', 'near_groups', 'words_of', 'find_q
 import dataclasses
 import hashlib
 import json
-import re
 import tempfile
 import warnings
 from functools import partial
@@ -27,9 +26,9 @@ from .features import deal_folds, Features, read_features
 from .encoders import encoder_of, load_encoder
 from .batching import embed_images
 from .explore import ENSEMBLES, mean_vectors
-from hatemm_clip.lexical import (
-    BayesColumns, CountedTexts, encode_beside, find_copies, NgramColumns, read_text_table, read_texts, texts_only,
-    with_texts)
+from .lexical import (
+    BayesColumns, CountedTexts, encode_beside, find_copies, NgramColumns, read_text_table, read_texts, same_texts,
+    texts_only, with_texts)
 from .heads import pool_features
 from .experts import Kind, kinds_for, KINDS, LEXICAL
 from .memes import read_memes
@@ -74,13 +73,6 @@ def read_meme_labels(
     other = read_memes(path, label_from).set_index('video_id').label
     return memes, labels | dict(RM=memes.video_id.map(other).to_numpy(float))
 
-# %% ../nbs/73_sides.ipynb #f8e8a3a7
-def _same_text(texts):
-    "Pairs of rows whose words are equal, each with the first."
-    words = pd.Series([' '.join(re.findall(r'\w+', t.lower())) for t in texts])
-    rows = words[words != ''].groupby(words).indices.values()
-    return [(group[0], other) for group in rows for other in group[1:]]
-
 # %% ../nbs/73_sides.ipynb #81c2b198
 _LEAST = 3  # runs of five words that a meme needs to be compared by them
 
@@ -90,7 +82,7 @@ def near_groups(
     least: int = _LEAST, # as for `find_copies`
 ) -> np.ndarray: # int (N,): rows of one number must stay together
     "Number groups of near copies."
-    pairs = [*_same_text(features.texts), *find_copies(features, least=least)]
+    pairs = [*same_texts(features.texts), *find_copies(features, least=least)]
     _, first, which = np.unique(features.groups, return_index=True, return_inverse=True)
     return components(len(features), [*pairs, *enumerate(first[which])])
 
@@ -108,7 +100,7 @@ def find_quoted(
 ) -> np.ndarray: # bool (M,)
     "Tell which memes have words that a video has, too."
     N, texts = len(videos), np.concatenate([videos.texts, memes.texts])
-    pairs = [*_same_text(texts), *find_copies(words_of(texts), least=_LEAST)]
+    pairs = [*same_texts(texts), *find_copies(words_of(texts), least=_LEAST)]
     quoted = np.zeros(len(memes), bool)
     quoted[[b - N for a, b in pairs if a < N <= b]] = True
     return quoted
