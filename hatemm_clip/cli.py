@@ -730,19 +730,24 @@ def encoders(json_file: str = JSON):
 @app.command()
 def index(
     source: str = typer.Argument(..., metavar='FOLDER', help='A folder of videos, or a run with features.'),
-    out: str = typer.Option(None, metavar='INDEX', help='The index; by default runs/NAME-index.'),
+    out: str = typer.Option(None, metavar='INDEX', help='The index: a folder, or a URI such as s3://bucket/films; by default runs/NAME-index.'),
+    work: str = typer.Option(None, metavar='FOLDER', help='What it is made from; by default the index, or runs/NAME-index where that is a URI.'),
     encoder: str = typer.Option('hatemm-tiny', help='Whose pictures are searched: ViT-B-32, say.'),
     pretrained: str = typer.Option('demo', help='Its weights; for ViT-B-32: openai.'),
     words: str = typer.Option('minilm', help='Encoder of what is said and written.'),
     ocr: bool = typer.Option(True, help='Read what is written in the pictures.'),
     recogniser: str = typer.Option('tiny.en', help='A Whisper model.'),
     fps: float = typer.Option(1., help='Frames per second.'),
+    engine: str = typer.Option('local', help='local, or ray: all machines of a cluster.'),
+    workers: int = typer.Option(2, help='Threads, or actors of Ray.'),
     device: str = typer.Option('auto', help='cpu, cuda or auto.'),
 ):
     "Index what is seen, said and written in videos, by the second."
+    from hatemm_clip.moments import is_uri
     from hatemm_clip.retrieval import index_folder, IndexSettings
-    settings = IndexSettings(encoder, pretrained, words, fps, recogniser, ocr, device=device)
-    print(index_folder(source, out or Path('runs')/f'{Path(source).resolve().name}-index', settings))
+    folder = Path('runs')/f'{Path(source).resolve().name}-index'
+    settings = IndexSettings(encoder, pretrained, words, fps, recogniser, ocr, engine, workers, device)
+    print(index_folder(source, out or folder, settings, work or (folder if out and is_uri(out) else '')))
 
 # %% ../nbs/97_cli.ipynb #f70498b4
 def _print_hit(number, hit):
@@ -773,7 +778,7 @@ def search(
     if not hits: print('nothing found')
 
 # %% ../nbs/97_cli.ipynb #a3102eb4
-BENCHES = dict.fromkeys(('decode', 'asr', 'embed', 'finetune', 'fusion'), 'bench') | dict.fromkeys(('score', 'serve'), 'bench_use')  # name → module
+BENCHES = dict.fromkeys(('decode', 'asr', 'embed', 'finetune', 'fusion'), 'bench') | dict.fromkeys(('score', 'serve'), 'bench_use') | dict(search='bench_search')  # name → module
 
 
 def _print_bench(result):

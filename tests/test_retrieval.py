@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import lancedb
 import numpy as np
@@ -12,7 +13,9 @@ from conftest import ROOT, SHARED
 from demo import copy_run, small_corpus
 from killing import kill_runs
 
-from hatemm_clip.base import CLIPS, InputError, Run, read_json, read_table, table_hash, write_json, write_table
+from hatemm_clip.base import CLIPS, InputError, Run, read_table, table_hash, write_table
+from hatemm_clip.moments import (
+    make_searchable, moment_schema, nearest_moments, open_tables, read_about, sync_table, worded_moments, write_about)
 from hatemm_clip.ranking import compare_ranks, mean_ranks, measure_ranks, rank_items, read_captions, recall_at, retrieval_table
 from hatemm_clip.retrieval import Index, IndexSettings, Query, fuse_ranks, index_folder
 
@@ -93,9 +96,10 @@ def test_words_that_no_analyser_likes(index):
 
 def test_another_encoder_is_refused(index, tmp_path):
     copy = shutil.copytree(index, tmp_path/'ix')
-    about = read_json(copy/'index.json')
+    tables = open_tables(copy/'moments')
+    about = read_about(tables)
     about['sentences']['weights_sha256'] = '0'*64
-    write_json(copy/'index.json', about)
+    write_about(tables, about)
     with pytest.raises(InputError, match='other weights'): Index(copy).search(Query('a boat'))
 
 
@@ -154,8 +158,75 @@ def test_a_folder_of_videos(demo, tmp_path, capsys):
     with pytest.raises(InputError, match='was made with hatemm-tiny/demo, asked for ViT-B-32'): index_folder(tmp_path/'data', tmp_path/'ix', IndexSettings('ViT-B-32', ''))
 
 
+def test_an_index_elsewhere_has_the_same_rows(demo, tmp_path):
+    "By a URI, made from a folder of this machine; searched with nothing but the URI."
+    uri, run = f'file://{tmp_path}/films', demo/'runs/notebook'
+    with pytest.raises(InputError, match='name a folder for what the index is made from'): index_folder(run, uri)
+    index_folder(run, uri, work=tmp_path/'work')
+    index_folder(run, tmp_path/'ix')
+    rows = [open_tables(place).open_table('words').to_pandas().drop(columns=['vector', 'emotions'])
+            .sort_values(['clip_id', 'source', 'time'], ignore_index=True) for place in (uri, tmp_path/'ix/moments')]
+    pd.testing.assert_frame_equal(*rows)
+    asked = Query('somebody made a cake with apples', k=3)
+    assert Index(uri).search(asked) == Index(tmp_path/'ix').search(asked)
+    with pytest.raises(InputError, match='not an index'): Index(f'file://{tmp_path}/nothing')
+
+
+def test_ray_makes_the_same_index(demo, tmp_path, on_ray):
+    small_corpus(demo, tmp_path/'data', 4)
+    there = {}
+    for engine in ('local', 'ray'):
+        place = index_folder(tmp_path/'data', tmp_path/engine, replace(QUICK, engine=engine))
+        tables = open_tables(place/'moments')
+        there[engine] = [tables.open_table(name).to_pandas().sort_values(['clip_id', 'time'], ignore_index=True) for name in ('frames', 'words')]
+    for local, ray in zip(*there.values()):
+        pd.testing.assert_frame_equal(local.drop(columns='vector'), ray.drop(columns='vector'))
+        np.testing.assert_allclose(np.stack(local.vector), np.stack(ray.vector), atol=1e-5)
+
+
+def test_names_with_quotes(demo, tmp_path):
+    small_corpus(demo, tmp_path/'data', 4)
+    file = next((tmp_path/'data').rglob('*.mp4'))
+    odd = file.rename(file.with_name("mother's \"day\".mp4"))
+    index_folder(tmp_path/'data', tmp_path/'ix', QUICK)
+    assert str(odd) in {h['file'] for h in Index(tmp_path/'ix').search(Query('people', k=9))}
+    odd.unlink()
+    index_folder(tmp_path/'data', tmp_path/'ix', QUICK)
+    assert str(odd) not in {h['file'] for h in Index(tmp_path/'ix').search(Query('people', k=9))}
+
+
+def test_killed_between_rows_and_words(demo, tmp_path, monkeypatch):
+    "The next run makes the index of words that the killed one did not come to."
+    def killed(*_, **__): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr('hatemm_clip.moments.make_searchable', killed)
+        with pytest.raises(KeyboardInterrupt): index_folder(demo/'runs/notebook', tmp_path/'ix')
+    index_folder(demo/'runs/notebook', tmp_path/'ix')
+    assert worded_moments(open_tables(tmp_path/'ix/moments').open_table('words'), 'cake', 5)
+
+
+def test_cells_of_vectors_find_what_a_scan_finds(tmp_path):
+    "Clusters, as frames of a video are; also the rows that come later, and those of a condition."
+    rng = np.random.default_rng(0)
+    vectors = np.repeat(rng.standard_normal((150, 32)), 20, axis=0) + .3*rng.standard_normal((3000, 32))
+    rows = [dict(clip_id=f'c{i//20}', file=f'{i}', source='seen', time=0., vector=v.astype(np.float32)) for i, v in enumerate(vectors)]
+    wanted = {f'c{i}': 'x' for i in range(150)}
+    tables, schema = open_tables(tmp_path), moment_schema(32, False)
+    sync_table(tables, 'frames', schema, wanted, lambda some: [r for r in rows if r['clip_id'] in set(some)])
+    table = tables.open_table('frames')
+    exact = [[h['file'] for h in nearest_moments(table, v, 10)] for v in vectors[::100]]
+    make_searchable(table, approximate_from=1000)
+    assert 'IvfRq' in str(table.list_indices())
+    found = [[h['file'] for h in nearest_moments(table, v, 10)] for v in vectors[::100]]
+    assert np.mean([len({*a} & {*b})/10 for a, b in zip(exact, found)]) > .97
+    assert {h['clip_id'] for h in nearest_moments(table, vectors[0], 10, "clip_id IN ('c7')")} == {'c7'}
+    late = dict(rows[0], clip_id='late', file='late')
+    added = sync_table(tables, 'frames', schema, wanted | {'late': 'x'}, lambda some: [late])
+    assert added == (1, 0) and 'late' in [h['file'] for h in nearest_moments(tables.open_table('frames'), vectors[0], 2)]
+
+
 def test_an_empty_index_answers_nothing(tmp_path):
-    write_json(tmp_path/'ix/index.json', dict(seen='', words='minilm', made={}, sentences={}))
+    write_about(open_tables(tmp_path/'ix/moments'), dict(seen='', words='minilm', made={}, sentences={}))
     assert Index(tmp_path/'ix').search(Query('anything')) == []
 
 
