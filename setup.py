@@ -47,5 +47,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require={name: lines(f"{name}_requirements") for name in ("dev", "emotion", "ray", "real", "search", "serve", "vlm")},
-    entry_points={"console_scripts": lines("console_scripts") or [cfg["console_scripts"]]},
+    entry_points={
+        "console_scripts": lines("console_scripts") or [cfg["console_scripts"]],
+        "nbdev": [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],  # symbols link to their pages and sources
+    },
 )

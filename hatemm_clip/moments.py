@@ -10,6 +10,7 @@ __all__ = ['PLACES', 'APPROXIMATE_FROM', 'is_uri', 'open_tables', 'has_table', '
 # %% ../nbs/79_moments.ipynb #d6595d6e
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def sync_table(
 
 # %% ../nbs/79_moments.ipynb #db54d67b
 APPROXIMATE_FROM = 100_000 # rows, from which on not every vector is compared
-_CELLS = 100 # in which a query looks
+_CELLS = 150 # in which a query looks
 _ANEW = 400 # vectors that are compared anew, at least; and twice as many as are asked for
 
 
@@ -212,7 +213,7 @@ def make_searchable(
     if 'text' in table.schema.names and 'text' not in indexed: table.create_index('text', config=FTS(with_position=False))
     if rows >= approximate_from and 'vector' not in indexed:
         table.create_index('vector', config=IvfRq(distance_type='cosine', num_partitions=round(rows**.5)))
-    table.optimize()
+    table.optimize(cleanup_older_than=timedelta(hours=1))  # whoever searches now may still read what was
 
 # %% ../nbs/79_moments.ipynb #800a3ff1
 def _shown(table): return [name for name in table.schema.names if name not in ('inputs', 'vector')]

@@ -38,7 +38,7 @@ def test_sidebar_lists_every_page_in_a_group(site):
 
 
 # What Quarto reads and the preview does not: other formats, and the names of pages, which are those of the notebooks anyway.
-QUARTO_ONLY = re.compile(r'format commonmark is not built|format.html.keep-md is ignored|output-file is not read')
+QUARTO_ONLY = re.compile(r'format commonmark is not built|format.html.(keep-md|grid) is ignored|output-file is not read')
 
 
 @pytest.fixture(scope='module')
@@ -61,6 +61,18 @@ def test_every_page_renders(site, preview):
         title = ''.join(cells[0]['source']).splitlines()[0].removeprefix('# ')
         text = page.read_text()
         assert f'<title>{html.escape(title, quote=False)}' in text and len(text) > 5000, f'{notebook.name} does not render'
+
+
+def test_symbols_link_to_their_pages_and_sources(site):
+    "The entry point `nbdev` of setup.py makes them; private names have none."
+    pages = {page.name: page.read_text() for page in (site/'_proc').glob('*.ipynb')}
+    modules = set(re.findall(r'output-file: ([a-z_0-9]+\.html)', ' '.join(pages.values())))
+    assert sum(text.count('[source](https://github.com/') for text in pages.values()) > 500
+    links = {name: re.findall(r'\]\(https://hatemm-clip\.github\.io/hatemm_clip/([a-z_0-9.]+)(?:#([^)]*))?\)', text) for name, text in pages.items()}
+    assert sum(map(len, links.values())) > 100
+    for name, found in links.items():
+        assert not [anchor for _, anchor in found if anchor.startswith('_')], f'{name} links to a private name'
+        assert not [page for page, _ in found if page not in modules], f'{name} links to a page that is not there'
 
 
 def test_internal_links_resolve(site):
