@@ -75,6 +75,36 @@ def test_symbols_link_to_their_pages_and_sources(site):
         assert not [page for page, _ in found if page not in modules], f'{name} links to a page that is not there'
 
 
+def figures(notebook):
+    "Cells with a stored picture, and what they tell Quarto about it."
+    for cell in json.loads(notebook.read_text())['cells']:
+        if not any(kind.startswith('image/') for o in cell.get('outputs', []) for kind in o.get('data', {})): continue
+        options = re.findall(r'^#\| (fig-\w+: .+)$', ''.join(cell['source']), re.M)
+        yield cell['id'], yaml.safe_load('\n'.join(options)) or {}
+
+
+def test_every_figure_has_a_caption_and_an_alternative_text():
+    found = [(f'{n.name}, cell {cell}', o) for n in (ROOT/'nbs').glob('*.ipynb') for cell, o in figures(n)]
+    bare = [where for where, o in found if not all(str(o.get(k) or '').strip() for k in ('fig-cap', 'fig-alt'))]
+    assert found and not bare, f'without fig-cap or fig-alt: {bare}'
+
+
+def test_every_picture_on_a_page_has_an_alternative_text(preview):
+    bare = []
+    for page in preview[0].rglob('*.html'):
+        tags = re.findall(r'<img\b[^>]*>', page.read_text())
+        bare += [f'{page.name}: {tag[:80]}' for tag in tags if not re.search(r'\salt=(["\'])\s*[^\s"\']', tag)]
+    assert not bare, bare
+
+
+def test_pages_show_what_cells_say_of_their_figures(preview):
+    for notebook in (ROOT/'nbs').glob('*.ipynb'):
+        text = (preview[0]/f'{notebook.stem}.html').read_text()
+        for cell, options in figures(notebook):
+            shown = f'alt="{html.escape(options["fig-alt"])}"', f'<figcaption>{html.escape(options["fig-cap"])}</figcaption>'
+            assert all(s in text for s in shown), f'{notebook.name}, cell {cell}: its caption or alternative text is lost'
+
+
 def test_internal_links_resolve(site):
     for notebook in (site/'nbs').glob('*.ipynb'):
         prose = '\n'.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown')
