@@ -112,6 +112,7 @@ def compare_ranks(
     units=None, # what is resampled and exchanged, of each query (Q,); None: the query
     n: int = 1000,
     seed: int = 0,
+    more: dict | None = None, # further measures: name → function of ranks that gives float (Q,)
 ) -> pd.DataFrame: # a row a measure: a, b, delta (a − b), low, high, p, p_holm
     "Paired differences of recalls and of the reciprocal rank."
     if len(a) != len(b): raise InputError(f'{len(a)} and {len(b)} queries; both searches must answer the same ones')
@@ -120,7 +121,7 @@ def compare_ranks(
     _, member = np.unique(units, return_inverse=True)
     signs = np.random.default_rng(seed).choice([-1., 1.], (n, member.max() + 1))[:, member]
     rows = {}
-    for name, of in _EACH.items():
+    for name, of in (_EACH | (more or {})).items():
         first, second = of(a), of(b)
         delta, low, high = interval(drawn @ (first - second)/drawn.sum(1))
         as_large = np.abs(signs @ (first - second)) >= abs((first - second).sum()) - 1e-9
