@@ -105,6 +105,24 @@ def test_pages_show_what_cells_say_of_their_figures(preview):
             assert all(s in text for s in shown), f'{notebook.name}, cell {cell}: its caption or alternative text is lost'
 
 
+def test_links_and_anchors_of_the_built_site(preview, tmp_path):
+    "As the workflow checks it; Quarto names a page after its module, the preview after its notebook, so here it has both names."
+    built = shutil.copytree(preview[0], tmp_path/'docs')
+    for notebook in (ROOT/'nbs').glob('*.ipynb'):
+        module = re.search(r'#\| default_exp (\w+)', notebook.read_text())
+        if module: shutil.copy(built/f'{notebook.stem}.html', built/f'{module[1]}.html')
+    command = [sys.executable, str(ROOT/'tools/check_site.py'), str(built), 'https://hatemm-clip.github.io/hatemm_clip/']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_what_is_wrong_with_a_site_is_said(tmp_path):
+    (tmp_path/'a.html').write_text('<h1 id="top">A</h1><a href="b.html">b</a><a href="#none">n</a><img src="x.png"><a href="#top">t</a>')
+    done = subprocess.run([sys.executable, str(ROOT/'tools/check_site.py'), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and '1 pages, 3 faults' in done.stdout
+    for fault in ('broken link: b.html', 'no such anchor: #none', 'picture without alt: x.png'): assert fault in done.stdout
+
+
 def test_internal_links_resolve(site):
     for notebook in (site/'nbs').glob('*.ipynb'):
         prose = '\n'.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown')
