@@ -128,3 +128,10 @@ def test_internal_links_resolve(site):
         prose = '\n'.join(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown')
         for link in re.findall(r'\]\((?!https?:|#|data:|attachment:)([^)\s`]+?)(?:#[^)]*)?\)', prose):
             assert (site/'nbs'/link).exists(), f'{notebook.name} links to {link}, which is not there'
+
+
+def test_the_reference_is_that_of_the_program():
+    from hatemm_clip.reference import command_reference
+    [shown] = [o['data']['text/markdown'] for cell in json.loads((ROOT/'nbs/99_reference.ipynb').read_text())['cells']
+               for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+    assert ''.join(shown) == command_reference(), 'run nbs/99_reference.ipynb: a command has changed'
