@@ -197,7 +197,7 @@ def sync_table(
 # %% ../nbs/79_moments.ipynb #db54d67b
 APPROXIMATE_FROM = 100_000 # rows, from which on not every vector is compared
 _CELLS = 150 # in which a query looks
-_ANEW = 400 # vectors that are compared anew, at least; and twice as many as are asked for
+_ANEW = 200 # vectors that are compared anew, at least
 
 
 def _indexed(table): return {column for index in table.list_indices() for column in index.columns}
@@ -224,11 +224,11 @@ def nearest_moments(
     vector: np.ndarray, # what is looked for, (D,)
     limit: int, # moments
     among: str = '', # a condition of SQL
-) -> list[dict]: # moments with `_distance`, 1 − cosine; the nearest first
+) -> list[dict]: # moments with their distance, 1 − cosine; the nearest first
     "The moments whose vectors are nearest."
     query = table.search(np.asarray(vector, np.float32)).distance_type('cosine').limit(limit).select([*_shown(table), '_distance'])
     if among: query = query.where(among, prefilter=True)
-    return query.nprobes(_CELLS).refine_factor(max(2, -(-_ANEW//limit))).to_list()
+    return query.nprobes(_CELLS).refine_factor(max(1, -(-_ANEW//limit))).to_list()
 
 # %% ../nbs/79_moments.ipynb #c9fa9962
 def worded_moments(
@@ -236,7 +236,7 @@ def worded_moments(
     text: str, # what is looked for
     limit: int, # moments
     among: str = '', # a condition of SQL
-) -> list[dict]: # moments with `_score`, of BM25; the highest first
+) -> list[dict]: # moments with their score by BM25; the highest first
     "The moments that share words with a text."
     query = table.search(text, query_type='fts').limit(limit).select([*_shown(table), '_score'])
     return (query.where(among, prefilter=True) if among else query).to_list()
