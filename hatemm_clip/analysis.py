@@ -302,6 +302,17 @@ def _metric_rows(predictions, part):
 # %% ../nbs/60_analysis.ipynb #8b06fcbc
 _FEW = 'A swap takes its donors from the same part of the same fold; where there are too few clips, it is not made.'
 
+# %% ../nbs/60_analysis.ipynb #4f7dae54
+_WHEN = ('Mean over seeds [95 % interval by video]. Within a video .5 is chance; a normalised AP of 1 is what the true labels '
+         'of the videos give without any of the seconds. The page timeline.html shows the videos.')
+
+
+def _localised_table(localised):
+    "Heading, columns, rows and caption of the methods that say when."
+    from hatemm_clip.localise import localise_table
+    table = localise_table(localised)
+    return 'When is it hateful', ['method', *table.columns], [[m, *row] for m, row in zip(table.index, table.to_numpy())], _WHEN
+
 # %% ../nbs/60_analysis.ipynb #7db31fb4
 def write_report(
     predictions: pd.DataFrame, # a `predictions` table
@@ -313,6 +324,7 @@ def write_report(
     part: str = 'test', # train, val or test
     cells: list | None = None, # of a robustness matrix, from robust.json
     left_out: dict | None = None, # condition of the matrix that the clips did not carry → reason
+    localised: dict | None = None, # methods and metrics of localisation, from localise.json
 ) -> Path: # `path`
     "Write one self-contained page with tables and figures."
     label_names = _names_of(predictions, label_names)
@@ -322,6 +334,7 @@ def write_report(
                'p corrected for the number of runs (Holm).')
     if differences: tables.append((f'Difference from {first}', ['run', *_COMPARED], differences, caption))
     if left_out: tables.append(('Left out of the robustness matrix', ['condition', 'why'], list(left_out.items()), _FEW))
+    if localised: tables.append(_localised_table(localised))
     page = _render(_STYLE + _TABLES + _FIGURES, autoescape=True)
     return write_text(path, page(
         title=title, notes=notes, demo=demo, part=part, facts=_facts(predictions, part, label_names),
@@ -475,6 +488,13 @@ def _of_bundle(predictions, config, bundle):
     if len(mine): return mine
     raise InputError(f'{bundle}: a bundle of {head}, which is not among the predictions; run 40_fusion again')
 
+# %% ../nbs/60_analysis.ipynb #ccb93cea
+def _timeline_page(run, demo):
+    "The page of videos over time, where a run was localised."
+    if not run.timeline.exists(): return []
+    from hatemm_clip.timeline import run_films, write_timeline
+    return [write_timeline(run_films(run), run.folder/'timeline.html', demo=demo)]
+
 # %% ../nbs/60_analysis.ipynb #f18790e4
 def report_run(
     run_dir: str | Path, # holds predictions.parquet; gets metrics.json, report.html, MODEL_CARD.md
@@ -491,11 +511,11 @@ def report_run(
     about = dict(label_names=label_names or _clip_names(run), notes=notes, demo=_is_demo(run) if demo is None else demo)
     write_metrics(predictions, run.metrics)
     matrix = read_json(run.folder / 'robust.json')
-    robust = {name: matrix.get(name) for name in ('cells', 'left_out')}
-    write_report(predictions, run.report, title=title, **robust, **about)
+    robust, localised = {name: matrix.get(name) for name in ('cells', 'left_out')}, read_json(run.folder/'localise.json')
+    write_report(predictions, run.report, title=title, localised=localised, **robust, **about)
     config = read_json(run.bundle / 'config.json') or None
     mine = predictions if config is None else _of_bundle(predictions, config, run.bundle)
-    written = [run.metrics, run.report, write_model_card(mine, run.card, config=config, **about)]
+    written = _timeline_page(run, about['demo']) + [run.metrics, run.report, write_model_card(mine, run.card, config=config, **about)]
     if config is None: return written
     write_metrics(mine, run.bundle / 'metrics.json')
     bundle_card = write_model_card(mine, run.bundle / 'MODEL_CARD.md', config=config, **about)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MEDIA_KINDS', 'ANNOTATION_FILES', 'MEDIA_SUFFIXES', 'detect_dataset', 'span_faults', 'row_faults',
-           'table_faults', 'count_annotations', 'media_faults', 'duplicate_faults', 'file_faults', 'find_media',
-           'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
+           'table_faults', 'count_annotations', 'span_coverage', 'media_faults', 'duplicate_faults', 'file_faults',
+           'find_media', 'check_dataset', 'format_report', 'plot_report', 'sibling_share', 'leak_shares', 'plot_leak']
 
 # %% ../nbs/03_check.ipynb #345fb6e6
 import os
@@ -139,6 +139,28 @@ def count_annotations(
                 targets_by_label={name: dict(counts.most_common()) for name, counts in named.items()},
                 spans=int(videos.spans.map(len).sum()), span_seconds=float(seconds))
 
+# %% ../nbs/03_check.ipynb #124ea830
+_END = 1.  # s: a span that ends that near to the end of its video ends with it
+
+
+def span_coverage(
+    videos: pd.DataFrame, # video_id, spans
+    lengths: dict, # video_id → s, of videos whose length is known
+) -> dict: # videos, spans, at_zero, whole_seconds, fives; known, share, throughout, at_end, past_end: None where no length is known
+    "How spans, overlaps joined, lie in their videos."
+    merged = {v.video_id: merge_spans(v.spans) for v in videos.itertuples() if len(v.spans)}
+    ends = np.array([(s['start'], s['end']) for spans in merged.values() for s in spans]).reshape(-1, 2)
+    share = lambda hits: round(float(np.mean(hits)), 4) if len(hits) else None
+    found = dict(videos=len(merged), spans=len(ends), at_zero=int((ends[:, 0] == 0).sum()),
+                 whole_seconds=share((ends % 1 == 0).ravel()), fives=share((ends % 5 == 0).ravel()))
+    known = {v: (spans, lengths[v]) for v, spans in merged.items() if lengths.get(v)}
+    if not known: return found | dict.fromkeys(('known', 'share', 'throughout', 'at_end', 'past_end'))
+    covered = np.array([sum(max(min(s['end'], n) - s['start'], 0) for s in spans)/n for spans, n in known.values()])
+    past = np.array([s['end'] - n for spans, n in known.values() for s in spans])
+    return found | dict(known=len(known), share=[round(float(q), 4) for q in np.quantile(covered, [.25, .5, .75])],
+                        throughout=int((covered > .95).sum()), at_end=int((np.abs(past) <= _END).sum()),
+                        past_end=int((past > 0).sum()))
+
 # %% ../nbs/03_check.ipynb #e6871f4d
 def media_faults(
     looks: dict[str, dict], # video_id → as from `decode_safely`
@@ -239,6 +261,7 @@ def _report(name, data_dir, videos, looks, texts, faults):
         positive='' if count['no_positive'] else positive_name(videos),
         reversed=count['reversed'], overlapping=count['overlapping'], short_spans=count['short_span'],
         outside=None if looks is None else count['outside'],
+        coverage=span_coverage(videos, {i: look['duration'] for i, look in (looks or {}).items()}),
         no_target=count['no_target'], empty_target_list=count['empty_target_list'],
         media=None if looks is None else _count_media(looks, count),
         transcripts=None if texts is None else dict(rows=len(texts), empty=count['empty_transcript']),
@@ -293,6 +316,17 @@ def check_dataset(
     faults += [('empty_transcript', clip_id, 'no words') for clip_id in _empty(texts)]
     return _report(name, data_dir, videos, looks if media else None, texts, faults)
 
+# %% ../nbs/03_check.ipynb #10d60c45
+def _coverage_lines(found):
+    "How spans lie, in words; nothing where there are none."
+    if not found['spans']: return []
+    lines = [f"             joined {found['spans']:,} in {found['videos']:,} videos; {found['at_zero']:,} begin at 0 s; "
+             f"{found['whole_seconds']:.0%} of their ends at a whole second, {found['fives']:.0%} at a multiple of 5 s"]
+    if found['known'] is None: return lines
+    low, middle, high = found['share']
+    return lines + [f"             they cover {middle:.0%} of a video (median; middle half {low:.0%} to {high:.0%}), "
+                    f"{found['throughout']:,} of {found['known']:,} throughout; {found['at_end']:,} end with the video, {found['past_end']:,} past it"]
+
 # %% ../nbs/03_check.ipynb #498a851b
 def _annotation_lines(report):
     listed = lambda counts: ', '.join(f'{name} {n:,}' for name, n in counts.items()) or 'none'
@@ -302,7 +336,7 @@ def _annotation_lines(report):
     return [f"labels       {listed(report['labels'])}{classes}",
             f"targets      {listed(report['targets'])}",
             f"             {report['no_target']} empty, {report['empty_target_list']} hold []",
-            f"spans        {report['spans']:,}: {faults}{outside}"]
+            f"spans        {report['spans']:,}: {faults}{outside}", *_coverage_lines(report['coverage'])]
 
 # %% ../nbs/03_check.ipynb #f4264589
 def _media_lines(media):

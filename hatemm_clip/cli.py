@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'JSON', 'FEATURES', 'ALLOW_LEAK', 'features_app', 'bundle_app', 'BENCHES', 'main', 'demo', 'fetch', 'init',
-           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'transfer', 'info', 'export', 'reannotate', 'score',
-           'bundle_about', 'serve', 'encoders', 'index', 'search', 'bench']
+           'check', 'probe', 'run', 'report', 'crossval', 'robust', 'localise', 'transfer', 'info', 'export',
+           'reannotate', 'score', 'bundle_about', 'serve', 'encoders', 'index', 'search', 'bench']
 
 # %% ../nbs/97_cli.ipynb #e58eea5f
 import json
@@ -409,6 +409,72 @@ def robust(
     print(f'\nworst swap on test, by training condition (on validation, {best} is best):')
     print(worst_case(predictions).round(3).to_string())
 
+# %% ../nbs/97_cli.ipynb #b5e76644
+def _print_localised(result, folder):
+    from hatemm_clip.localise import localise_table
+    counts = result['videos']
+    print(f"{counts['videos']} videos, {counts['positive']} with spans, {counts['hateful_throughout']} of them hateful throughout, "
+          f"{counts['left_out']} hateful without a span left out; protocol {result['protocol']['hash']}")
+    print(localise_table(result).to_string())
+    for note in result['notes']: print(f'note: {note}')
+    if folder: print(f"timeline: {os.path.relpath(folder/'timeline.html')}")
+
+# %% ../nbs/97_cli.ipynb #291ad978
+def _localise_run(source, seeds, seed, spans, json_file):
+    "The table of methods and metrics; a run also gets its tables and a page."
+    from hatemm_clip.base import Run
+    from hatemm_clip.localise import localise_run
+    from hatemm_clip.seconds import read_spans
+    from hatemm_clip.timeline import run_films, write_timeline
+    result, _ = localise_run(source, seeds, seed, read_spans(spans) if spans else None)
+    folder = Run(source).folder if Run(source).timeline.exists() and not spans else None
+    if folder: write_timeline(run_films(folder), folder/'timeline.html', demo=result['demo'])
+    _emit(result, json_file)
+    if json_file != '-': _print_localised(result, folder)
+
+# %% ../nbs/97_cli.ipynb #2517e7be
+def _localise_files(bundle, files, threshold, device, page, json_file):
+    "The spans of files, as they are found; a line each."
+    from hatemm_clip.intake import find_files
+    from hatemm_clip.spans import localise_files, span_rows
+    _check_page(page, bundle)
+    rows = []
+    for row in localise_files(bundle, find_files(files), threshold, device):
+        rows.append(row)
+        if row['error']: print(f"error: {row['error']}", file=sys.stderr, flush=True)
+        elif json_file != '-': _print_spans(row)
+    _emit(span_rows(rows), json_file)
+    if page: _write_page(rows, page, json_file)
+    failed = [row for row in rows if row['error']]
+    if failed: raise typer.Exit(2 if len(failed) == len(rows) else 1)
+
+
+def _print_spans(row):
+    print(row['file'] + '  no span'*(not row['spans']), flush=True)
+    for s in row['spans']: print(f"  {s['start']:7.1f} – {s['end']:5.1f} s  {s['score']:.3f}  {s['modality']}", flush=True)
+
+# %% ../nbs/97_cli.ipynb #ac82380a
+@app.command()
+def localise(
+    source: str = typer.Argument(..., help='A run, a .lance store or a .npz file with times; or a bundle, before files.'),
+    files: list[str] = typer.Argument(None, help='Videos, folders, patterns in quotes.'),
+    seeds: int = typer.Option(3, help='Networks a fold.'),
+    seed: int = typer.Option(0, help='The first.'),
+    spans: str = typer.Option(None, metavar='TABLE', help='Annotated spans of your own: video_id, start, end.'),
+    threshold: float = typer.Option(None, help="On the probability of a second; by default the bundle's."),
+    device: str = typer.Option('auto', help='cpu, cuda or auto, for files.'),
+    page: str = typer.Option(None, metavar='PAGE', help='Draw the files on this .html page.'),
+    json_file: str = JSON,
+):
+    "Say which seconds are hateful, or measure how well."
+    from hatemm_clip.base import InputError
+    if threshold is not None and not 0 < threshold < 1:
+        raise InputError(f'threshold is {threshold}; expected a probability between 0 and 1')
+    if seeds < 1: raise InputError(f'seeds is {seeds}; expected 1 or more')
+    if files: return _localise_files(source, files, threshold, device, page, json_file)
+    if (Path(source)/'config.json').is_file(): raise InputError(f'{source}: a bundle; name the files that it shall look into')
+    _localise_run(source, seeds, seed, spans, json_file)
+
 # %% ../nbs/97_cli.ipynb #ef754a36
 def _shares(text):
     "Shares, as numbers between commas."
@@ -579,6 +645,26 @@ def reannotate(
     asked = dict(path=table, definition=definition, out=out, answerer=answerer, examples=shown, votes=voted)
     _reannotate(asked | dict(settings=settings), json_file)
 
+# %% ../nbs/97_cli.ipynb #6288abb1
+def _check_page(page, bundle):
+    "Whether a page is asked for; refuse one that cannot be written, or a bundle that cannot fill it."
+    if not page: return False
+    from hatemm_clip.base import InputError
+    from hatemm_clip.spans import check_timed
+    if Path(page).suffix != '.html': raise InputError(f'{page}: expected a name that ends in .html')
+    _json_file(page)
+    check_timed(bundle)
+    return True
+
+
+def _write_page(rows, page, json_file):
+    "A page with a picture for each file that has seconds."
+    from hatemm_clip.spans import film_of
+    from hatemm_clip.timeline import write_timeline
+    drawn = [row for row in rows if row['error'] is None and row.get('moments')]
+    write_timeline([film_of(row) for row in drawn], page, demo=any(row['demo'] for row in drawn))
+    if json_file != '-': print(f'timeline: {page}')
+
 # %% ../nbs/97_cli.ipynb #2a0658ac
 def _print_row(row):
     "A row for a person: a score on standard output, a failure on standard error."
@@ -624,6 +710,7 @@ def score(
     device: str = typer.Option('auto', help='cpu, cuda or auto.'),
     engine: str = typer.Option('local', help='local, or ray for folders that outgrow a machine.'),
     workers: int = typer.Option(2, help='Actors of Ray.'),
+    timeline: str = typer.Option(None, metavar='PAGE', help='Judge every second too, and draw each video on this .html page.'),
     json_file: str = JSON,
 ):
     "Score videos, pictures and words with a trained bundle."
@@ -632,11 +719,13 @@ def score(
     from hatemm_clip.scorebook import check_scores_file
     began, items = time.perf_counter(), find_items(files or [], text, table, sys.stdin)
     settings = dict(device=device, threshold=threshold, partial=partial, jobs=jobs, engine=engine, workers=workers)
+    settings['moments'] = _check_page(timeline, bundle)
     check_items(bundle, items, ScoreSettings(**settings).partial)
     if out: check_scores_file(out)
     from hatemm_clip.score import DEMO_NOTE, scored_rows  # heavy, so after the checks
     rows = _score_all(scored_rows(bundle, items, out, **settings), len(items), out, json_file == '-')
     _emit(rows, json_file)
+    if timeline: _write_page(rows, timeline, json_file)
     failed = [r for r in rows if r['error']]
     if json_file == '-':
         for r in failed: print(f"error: {r['error']}", file=sys.stderr)

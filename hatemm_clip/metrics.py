@@ -7,7 +7,7 @@ __all__ = ['BINARY_METRICS', 'check_arrays', 'ConstantPredictorWarning', 'warn_c
            'calibration_bins', 'expected_calibration_error', 'why_undefined', 'binary_metrics', 'multiclass_metrics',
            'simulate_predictions', 'resample_videos', 'interval', 'resampled_metrics', 'bootstrap_ci',
            'apply_temperature', 'fit_temperature', 'fit_isotonic', 'choose_threshold', 'retrieval_ranks',
-           'retrieval_metrics', 'temporal_iou', 'temporal_map', 'shapley_values']
+           'retrieval_metrics', 'temporal_iou', 'match_spans', 'temporal_map', 'shapley_values']
 
 # %% ../nbs/05_metrics.ipynb #b5689714
 import functools
@@ -532,16 +532,19 @@ def temporal_iou(
     return np.nan_to_num(_ratio(overlap, union))
 
 # %% ../nbs/05_metrics.ipynb #0e1d55e2
-def _hits(predicted, annotated, tiou):
-    "True where a predicted span, best score first, takes an unmatched annotated one."
-    by_video = annotated.groupby('video_id')[['start', 'end']]
-    free = {video: spans.to_numpy(float) for video, spans in by_video}
-    hits = np.zeros(len(predicted), dtype=bool)
-    for i, row in enumerate(predicted.itertuples()):
-        spans = free.get(row.video_id, np.empty((0, 2)))
-        overlap = temporal_iou([row.start, row.end], spans)
-        hits[i] = overlap.max(initial=0) >= tiou
-        if hits[i]: free[row.video_id] = np.delete(spans, overlap.argmax(), axis=0)
+def match_spans(
+    predicted: pd.DataFrame, # `video_id`, `start`, `end` (s), the best score first
+    annotated: pd.DataFrame, # `video_id`, `start`, `end` (s)
+    tiou: float, # temporal IoU that a match needs
+) -> np.ndarray: # bool, shape (N,)
+    "True where a predicted span takes an annotated one that no better span has taken."
+    free, hits = {}, np.zeros(len(predicted), dtype=bool)
+    for video, span in zip(annotated.video_id, annotated[['start', 'end']].to_numpy(float)): free.setdefault(video, []).append(span)
+    for i, (video, span) in enumerate(zip(predicted.video_id, predicted[['start', 'end']].to_numpy(float))):
+        if not free.get(video): continue
+        overlap = temporal_iou(span, free[video])
+        hits[i] = overlap.max() >= tiou
+        if hits[i]: free[video].pop(overlap.argmax())
     return hits
 
 # %% ../nbs/05_metrics.ipynb #b17a278c
@@ -562,7 +565,7 @@ def temporal_map(
         nothing = dict.fromkeys([*tious, 'mean'], np.nan)
         return pd.Series(warn_undefined(nothing, 'no span is annotated'))
     predicted = predicted.sort_values('score', ascending=False, kind='stable')
-    values = {t: _average_precision(_hits(predicted, annotated, t), len(annotated)) for t in tious}
+    values = {t: _average_precision(match_spans(predicted, annotated, t), len(annotated)) for t in tious}
     return pd.Series({**values, 'mean': np.mean(list(values.values()))})
 
 # %% ../nbs/05_metrics.ipynb #7abc785b

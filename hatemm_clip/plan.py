@@ -209,6 +209,7 @@ class ScoreSettings:
     jobs: int = 0 # threads; 0: as many as there are cores
     engine: str = 'local' # one of ENGINES
     workers: int = 2 # actors of Ray
+    moments: bool = False # judge every second too: rows get `moments` and `spans`
 
     def __post_init__(self):
         check_engine(self.engine)

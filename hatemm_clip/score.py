@@ -16,11 +16,13 @@ from .intake import Item
 from .plan import check_items, ScoreSettings
 from .scorer import score_items, Scorer, TOGETHER
 from .scorebook import check_scores_file, item_key, Scorebook
+from .spans import SpanFinder
 
 # %% ../nbs/88_score.ipynb #6af5f9de
 def _scorer(bundle, asked):
     "Load what was asked for."
-    return Scorer(bundle, asked.device, partial=asked.partial, threshold=asked.threshold, threads=asked.jobs)
+    finder = SpanFinder(bundle, asked.threshold) if asked.moments else None
+    return Scorer(bundle, asked.device, partial=asked.partial, threshold=asked.threshold, threads=asked.jobs, extra=finder)
 
 
 def _made_with(config, asked):
@@ -112,6 +114,7 @@ def scored_rows(
     named = [i if isinstance(i, Item) else Item(str(i), str(i)) for i in items]
     items = list({i.name: i for i in named}.values())
     config = check_items(bundle, items, asked.partial)
+    if asked.moments and out: raise InputError(f'{out}: keeps no timelines; leave out the one or the other')
     if out is None:
         yield from _new_rows(bundle, asked, items)
         return

@@ -351,6 +351,7 @@ def _row_of_item(scorer, item, results):
     if not scored: return dict(empty_score(scorer, item.name), error=results[0][0].error)
     taken, probs, found, reasons = zip(*scored)
     row = joined_row(scorer, list(taken), np.stack(probs), list(found), list(reasons))
+    if scorer.extra: row |= scorer.extra(scorer, taken)
     lost = len(results) - len(scored)
     return row if not lost else dict(row, notes=[*row['notes'], f'{lost} of {len(results)} windows cannot be decoded'])
 
@@ -434,8 +435,9 @@ class Scorer:
         partial: bool = False, # score what lacks a modality by what it has
         threshold: float | None = None, # on `prob`; None: the bundle's
         threads: int = 0, # that decode and recognise; 0: as many as there are cores
+        extra: Callable | None = None, # function of a scorer and an item's parts (Taken): more keys of its row
     ):
-        self.bundle, self.model = str(bundle), load_bundle(bundle)
+        self.bundle, self.model, self.extra = str(bundle), load_bundle(bundle), extra
         self.device, self.batch_size, self.steady, self.partial = device, batch_size, steady, partial
         self.threads, self.made = threads or os.cpu_count() or 1, self.model.bundle_['encoder']
         self.clips, self.takes = self.made.get('clips', {}), list(self.model.dims_)

@@ -13,7 +13,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 GROUPS = {'Ground': '000', 'Data': '00_', 'Numbers': '05', 'Speech': '07', 'Features': '15', 'Fine-tuning': '26', 'Fusion': '33',
-          'Robustness': '46', 'Reading': '58', 'Memes': '70', 'Search': '78', 'Use': '82', 'Running': '91_s'}  # group → number of its first room
+          'Robustness': '46', 'Where and why': '52', 'Reading': '58', 'Memes': '70', 'Search': '78', 'Use': '82',
+          'Running': '91_s'}  # group → number of its first room
 
 
 def read_room(path):
