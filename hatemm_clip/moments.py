@@ -196,7 +196,7 @@ def sync_table(
 
 # %% ../nbs/79_moments.ipynb #db54d67b
 APPROXIMATE_FROM = 100_000 # rows, from which on not every vector is compared
-_CELLS = 150 # in which a query looks
+_CELLS = 100 # in which a query looks
 _ANEW = 200 # vectors that are compared anew, at least
 
 

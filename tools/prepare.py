@@ -87,12 +87,14 @@ def write_readme():
     nb.cells = [c for c in nb.cells if not re.search(r'^#\s*\|\s*hide\s*$', c.source, re.M)]
     nb.metadata['language_info'] = dict(name='python')
     nb.cells = [as_prose(c) for c in nb.cells]
+    told = iter(re.findall(r'^#\| fig-alt: "(.*)"$', '\n'.join(c.source for c in nb.cells), re.M))
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='index_files', unique_key='index'))
     for name, data in resources['outputs'].items():
         (ROOT/name).parent.mkdir(exist_ok=True)
         (ROOT/name).write_bytes(data)
     text = re.sub(r'\]\((?!https?:|#|index_files)([^)]+)\)', r'](nbs/\1)', text)  # links are relative to nbs/
+    text = re.sub(r'!\[png\]', lambda _: f'![{next(told)}]', text)
     header = '<!-- Written from nbs/index.ipynb by `make export`: edit that. -->\n\n'
     (ROOT/'README.md').write_text(header + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', encoding='utf-8')
 
