@@ -46,7 +46,7 @@ def open_tables(
 def _reason(error):
     "What an object store answered, or how an error begins."
     said = re.search(r'<Code>(.*?)</Code>', str(error))
-    return said[1] if said else str(error).strip().splitlines()[0][:120]
+    return said[1] if said else re.split(r', (?:/|location:)', str(error).strip(), flags=re.I)[0].splitlines()[0][:120]
 
 # %% ../nbs/79_moments.ipynb #6c3a61c3
 def has_table(

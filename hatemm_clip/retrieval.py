@@ -24,6 +24,7 @@ from .embed import embed_clips
 from .emotion import DESCRIPTIONS
 from .encoders import encode_frames, encode_texts, encoder_of, load_encoder, read_inputs, text_windows
 from .frames import frames_at
+from .engines import check_engine
 from .features import is_store, open_store
 from .moments import (
     PLACES, clip_words, frame_inputs, frame_moments, has_table, is_one_of, is_uri, moment_schema, nearest_moments, open_tables,
@@ -43,6 +44,8 @@ class IndexSettings:
     engine: str = 'local' # one of ENGINES
     workers: int = 2 # threads, or actors of Ray
     device: str = 'auto'
+
+    def __post_init__(self): check_engine(self.engine)
 
 # %% ../nbs/80_retrieval.ipynb #e888b69c
 @dataclass(frozen=True)
