@@ -31,9 +31,9 @@ def test_every_notebook_becomes_a_page_with_a_title(site):
 
 
 def test_sidebar_lists_every_page_in_a_group(site):
-    first, *groups = yaml.safe_load((site/'_proc/sidebar.yml').read_text())['website']['sidebar']['contents']
+    first, words, *groups = yaml.safe_load((site/'_proc/sidebar.yml').read_text())['website']['sidebar']['contents']
     pages = [page for group in groups for page in group['contents']]
-    assert first == 'index.ipynb' and pages == sorted(f.name for f in (site/'nbs').glob('[0-9]*.ipynb'))
+    assert (first, words) == ('index.ipynb', 'glossary.ipynb') and pages == sorted(f.name for f in (site/'nbs').glob('[0-9]*.ipynb'))
     assert len(groups) > 5 and all(group['section'] for group in groups)
 
 

@@ -48,7 +48,7 @@ def rooms_table():
 def write_sidebar():
     "nbs/sidebar.yml lists the pages by group."
     sections = [dict(section=name, contents=[room['file'] for room in rooms]) for name, rooms in read_groups().items()]
-    text = yaml.safe_dump(dict(website=dict(sidebar=dict(contents=['index.ipynb', *sections]))), sort_keys=False)
+    text = yaml.safe_dump(dict(website=dict(sidebar=dict(contents=['index.ipynb', 'glossary.ipynb', *sections]))), sort_keys=False)
     header = '# Written by `make export` from the notebooks and the groups in tools/prepare.py.\n'
     (ROOT/'nbs/sidebar.yml').write_text(header + text, encoding='utf-8')
 
