@@ -163,7 +163,7 @@ class FaissWay:
     def opened(world, folder):
         import faiss
         index = faiss.read_index(str(folder/'vectors.faiss'))
-        index.nprobe = 100  # as many cells as `nearest_moments` looks into
+        index.nprobe = 200  # as many cells as `nearest_moments` looks into
         return lambda vector: index.search(vector[None], 10)[1][0].tolist()
 
 # %% ../nbs/94_bench_search.ipynb #3645f622
