@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Look', 'random_look', 'Plan', 'plan_video', 'plan_corpus', 'make_audio', 'make_frames', 'hateful_spans',
-           'annotation_row', 'is_made', 'write_corpus', 'make_corpus', 'read_truth', 'demo_words', 'demo_sounds',
-           'demo_clips']
+           'place_video', 'annotation_row', 'is_made', 'write_corpus', 'make_corpus', 'read_truth', 'demo_words',
+           'demo_sounds', 'demo_clips']
 
 # %% ../nbs/01_demo.ipynb #f0e8a9ac
 import csv
@@ -209,6 +209,20 @@ def hateful_spans(
         spans += [(s['start'], s['end']) for s in sentences if s['kind'] in ('hostile', 'look', 'sweep')]
     return _merge((int(np.floor(a)), int(np.ceil(b))) for a, b in spans)
 
+# %% ../nbs/01_demo.ipynb #d78e4251
+def place_video(
+    folder: Path, # of the corpus
+    name: str, # of the file
+    plan, # with `label` and `look`
+    frames, # iterable of uint8 RGB arrays, shape (H, W, 3); not begun where the file is there
+    audio: np.ndarray, # mono float32 at SPEECH_SR
+):
+    "Write a video among those of its label, unless it is there."
+    path = folder/('hate_videos' if plan.label else 'non_hate_videos')/name
+    if path.exists(): return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, frames, plan.look.fps, audio)
+
 # %% ../nbs/01_demo.ipynb #d0d253ec
 def _clock(seconds): return f'{seconds//3600:02d}:{seconds//60%60:02d}:{seconds%60:02d}'
 
@@ -284,12 +298,9 @@ def is_made(
 
 # %% ../nbs/01_demo.ipynb #68e3c7e6
 def _make_video(folder, name, plan, number):
-    "Write a video unless it is there; its row of the annotation file and its entry of the truth."
-    path = folder/('hate_videos' if plan.label else 'non_hate_videos')/name
+    "Write a video; its row of the annotation file and its entry of the truth."
     audio, sentences = make_audio(plan)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, make_frames(plan), plan.look.fps, audio)
+    place_video(folder, name, plan, make_frames(plan), audio)
     spans = hateful_spans(plan, sentences)
     return annotation_row(name, plan.label, plan.group, spans, number), _truth(name, plan, spans, sentences)
 

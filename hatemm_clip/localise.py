@@ -24,7 +24,7 @@ from .members import unflatten_row
 from .experts import LEXICAL
 from .classifier import explain, FusionClassifier
 from .protocol import (
-    all_spans, broadcast_scores, choose_cut, Gold, make_gold, position_scores, PROTOCOL, protocol_hash, random_scores,
+    all_spans, broadcast_scores, choose_cut, Gold, make_gold, position_scores, PROTOCOL, protocol_hash, random_scores, RATE,
     score_metrics, span_metrics, TIOUS)
 from .seconds import as_rows, gold_of, Moments, on_grid, one_by_one, read_moments
 from .moment_heads import fit_moments, MomentSettings, pool_strongest, predict_moments
@@ -193,7 +193,7 @@ def _tables_of(fold, scores, key):
     every = make_gold(fold.test.videos.assign(label=0, video_id=ids))
     for name, (on_val, on_test) in scores.items():
         own = dict(run=name, **key)
-        lines += [pd.DataFrame(dict(own, clip_id=i, t=np.arange(len(s))/4, prob=s)) for i, s in zip(ids, on_test)]
+        lines += [pd.DataFrame(dict(own, clip_id=i, t=np.arange(len(s))/RATE, prob=s)) for i, s in zip(ids, on_test)]
         if name == 'random' or not len(val_gold.spans): continue
         threshold, gap = choose_cut(val_gold, [on_val[i] for i in known])
         spans.append(all_spans(every, on_test, threshold, gap).rename(columns=dict(video_id='clip_id')).assign(**own))
@@ -434,7 +434,7 @@ def _write(run, found, result, params):
     write_table(found.timeline, run.timeline, TIMELINE, inputs, **params)
     write_table(found.spans, run.spans, SPANS, inputs, **params)
     write_json(run.folder/'localise.json', result)
-    if run.bundle.is_dir(): write_json(run.bundle/CUT, bundle_cut(found))
+    if run.bundle.is_dir() and len(found.cuts): write_json(run.bundle/CUT, bundle_cut(found))
 
 
 CUT = 'timeline.json'  # in a bundle: how spans are cut from its verdicts on moments
@@ -442,7 +442,7 @@ CUT = 'timeline.json'  # in a bundle: how spans are cut from its verdicts on mom
 
 def bundle_cut(
     found: Localised,
-) -> dict: # threshold (probability), gap (s), within_roc, protocol
+) -> dict: # threshold (probability), gap (s), protocol
     "The median cut of `moments`, the method that needs no more than a bundle, as a threshold on its own probability."
     chosen = found.cuts[found.cuts.run == 'moments']
     odds = float(chosen.raw.median())

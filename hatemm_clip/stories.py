@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .media import SPEECH_SR, write_video
 from .scenes import EMOTIONS, pick, TOPICS
 from .demo import (
-    annotation_row, is_made, Look, make_audio, make_frames, Plan, plan_video, random_look, write_corpus)
+    annotation_row, is_made, Look, make_audio, make_frames, place_video, Plan, plan_video, random_look, write_corpus)
 
 # %% ../nbs/01_stories.ipynb #731e8750
 @dataclass(frozen=True)
@@ -115,12 +114,9 @@ def story_spans(
 
 # %% ../nbs/01_stories.ipynb #4a70b9be
 def _make_video(folder, name, story, number):
-    "Write a video unless it is there; its row of the annotation file and its entry of the truth."
-    path = folder/('hate_videos' if story.label else 'non_hate_videos')/name
+    "Write a video; its row of the annotation file and its entry of the truth."
     audio, sentences = story_audio(story)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, story_frames(story), story.look.fps, audio)
+    place_video(folder, name, story, story_frames(story), audio)
     spans = story_spans(story, sentences)
     group = next((a.group for a in story.acts if a.label), '')
     truth = dict(video_file_name=name, label=story.label, duration=story.duration, spans=spans, sentences=sentences)
