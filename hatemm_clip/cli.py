@@ -268,12 +268,14 @@ def _write_crossval(predictions, features, out, **settings):
 # %% ../nbs/97_cli.ipynb #69dc0fb4
 def _print_scores(summary):
     "A line a head and set of modalities."
+    names = [modalities for sets in summary.values() for modalities in sets]
+    width = max(18, *map(len, names)) + 2
     for head, sets in summary.items():
         for modalities, found in sets.items():
             shown = [f'{m} {_with_interval(found[m])}' for m in ('macro_f1', 'auroc') if m in found]
             leak = next(iter(found.values())).get('leak')
             if leak: shown.append(f'LEAK: {leak:.0%} of the test clips have a sibling in training')
-            print(f'{head:<24}{modalities:<20}' + '  '.join(shown))
+            print(f'{head:<24}{modalities:<{width}}' + '  '.join(shown))
 
 # %% ../nbs/97_cli.ipynb #6e2f0322
 def _print_crossval(summary, predictions):
