@@ -220,7 +220,7 @@ def run(
 @app.command()
 def report(
     folder: str = typer.Argument(..., metavar='RUN', help='A run, such as runs/demo.'),
-    title: str = typer.Option('Hateful video detection'),
+    title: str = typer.Option('', help='Of the report; by default the title that it has.'),
 ):
     "Write a run's report.html, MODEL_CARD.md and metrics.json anew."
     from hatemm_clip.analysis import report_run
@@ -421,6 +421,15 @@ def _print_localised(result, folder):
     for note in result['notes']: print(f'note: {note}')
     if folder: print(f"timeline: {os.path.relpath(folder/'timeline.html')}")
 
+# %% ../nbs/97_cli.ipynb #c5192c1c
+def _write_pages(run, demo):
+    "The timeline of a run, and its report anew, where it has one, so that the two link to each other."
+    if run.report.exists() and run.predictions.exists():
+        from hatemm_clip.analysis import report_run
+        return report_run(run.folder)
+    from hatemm_clip.timeline import run_films, write_timeline
+    write_timeline(run_films(run.folder), run.folder/'timeline.html', demo=demo)
+
 # %% ../nbs/97_cli.ipynb #291ad978
 def _localise_run(source, seeds, seed, spans, json_file):
     "The table of methods and metrics; a run also gets its tables and a page."
@@ -430,7 +439,7 @@ def _localise_run(source, seeds, seed, spans, json_file):
     from hatemm_clip.timeline import run_films, write_timeline
     result, _ = localise_run(source, seeds, seed, read_spans(spans) if spans else None)
     folder = Run(source).folder if Run(source).timeline.exists() and not spans else None
-    if folder: write_timeline(run_films(folder), folder/'timeline.html', demo=result['demo'])
+    if folder: _write_pages(Run(source), result['demo'])
     _emit(result, json_file)
     if json_file != '-': _print_localised(result, folder)
 

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from .stages import NEEDS, STAGES
+from .stages import BESIDE, NEEDS, STAGES
 
 # %% ../nbs/92_results.ipynb #ecd1bce8
 def read_log(
@@ -84,6 +84,7 @@ def _link_needs(stage, out, folder, log, failed=()):
     for link in [p for p in folder.iterdir() if p.is_symlink()]: link.unlink()
     needs = [n for n in NEEDS[stage] if n not in failed]
     made = {name for need in needs for name in stage_results(need, out, log['stages'].get(need))}  # two may make a table of one name
+    made |= {name for name in BESIDE.get(stage, []) if (out/name).exists()}
     for name in made - {f'{need}.ipynb' for need in needs}: (folder/name).symlink_to(out/name)
     (folder/'run.json').symlink_to(out/'run.json')
 

@@ -1,6 +1,8 @@
 """Analysis: the seed project's published figures, files that are written, and the notebook as a stage."""
 import json
 import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +14,11 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 from hatemm_clip import analysis as an, figures  # noqa: E402
-from hatemm_clip.base import PREDICTIONS, SPLITS, InputError, write_table  # noqa: E402
+from hatemm_clip.base import CLIPS, PREDICTIONS, SPANS, SPLITS, TIMELINE, InputError, read_table, write_table  # noqa: E402
 from hatemm_clip.compare import metric_table  # noqa: E402
 from hatemm_clip.metrics import shapley_values, simulate_predictions  # noqa: E402
+from hatemm_clip.report import Beside  # noqa: E402
+from hatemm_clip.results import begin  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
@@ -77,6 +81,7 @@ def test_report_is_self_contained_and_closes_its_figures(tmp_path):
     assert plt.get_fignums() == before
     assert '<script' not in page and 'Demonstration' not in page
     assert all(src.startswith('data:image/png;base64,') for src in re.findall(r'src="([^"]*)"', page)) and 'http' not in page
+    assert not re.search(r'@import|url\(', page)
 
 
 def test_runs_on_other_clips_are_reported_as_such(tmp_path):
@@ -166,10 +171,10 @@ def test_a_run_is_reported_whole(tmp_path):
     (tmp_path / 'bundle').mkdir()
     (tmp_path / 'bundle/config.json').write_text(json.dumps(dict(head='BinaryClassifier', modalities=dict(text=8))))
     written = an.report_run(tmp_path, 'A run')
-    assert [f.relative_to(tmp_path).as_posix() for f in written] == ['metrics.json', 'report.html', 'MODEL_CARD.md', 'bundle/metrics.json', 'bundle/MODEL_CARD.md']
+    assert [f.relative_to(tmp_path).as_posix() for f in written] == ['metrics.json', 'report.html', 'MODEL_CARD.md', 'MODEL_CARD.html', 'bundle/metrics.json', 'bundle/MODEL_CARD.md']
     page = written[1].read_text()
     assert 'What adversarial training gives back' in page and 'Demonstration' not in page and 'http' not in page and not plt.get_fignums()
-    assert set(json.loads(written[3].read_text())) == set(swapped.run)
+    assert set(json.loads(written[4].read_text())) == set(swapped.run)
     (tmp_path / 'bundle/config.json').write_text(json.dumps(dict(head='KNNHead', modalities=dict(text=8))))
     with pytest.raises(InputError, match='a bundle of KNNHead'): an.report_run(tmp_path)
 
@@ -192,10 +197,112 @@ def test_the_report_says_what_was_left_out_of_the_matrix(tmp_path):
     write_table(simulate_predictions(30, seeds=2), tmp_path / 'predictions.parquet', PREDICTIONS)
     (tmp_path / 'robust.json').write_text(json.dumps(dict(cells=[], left_out={'swap_text': 'fold 0, val: no donor'})))
     page = an.report_run(tmp_path, 'A run')[1].read_text()
-    assert 'Left out of the robustness matrix' in page and '<td>swap_text</td><td>fold 0, val: no donor</td>' in page
+    assert 'Left out of the robustness matrix' in page and '<th scope="row">swap_text</th><td>fold 0, val: no donor</td>' in page
 
 
 def test_a_leak_is_marked_in_the_report(tmp_path):
     write_table(simulate_predictions(30, seeds=2).assign(leak=.25), tmp_path / 'predictions.parquet', PREDICTIONS)
-    metrics, report, _ = an.report_run(tmp_path, 'A run')
+    metrics, report, *_ = an.report_run(tmp_path, 'A run')
     assert all(name.endswith(' (leaks)') for name in json.loads(metrics.read_text())) and '(leaks)' in report.read_text()
+
+
+class Outline(HTMLParser):
+    "Headings, ids, what is loaded, what is linked, and what lacks words for those who cannot see it."
+
+    def __init__(self, page):
+        super().__init__()
+        self.headings, self.ids, self.loaded, self.links, self.mute, self.inside = [], [], [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        has = dict(attrs)
+        if 'id' in has: self.ids.append(has['id'])
+        if re.fullmatch('h[1-6]', tag): self.headings.append(int(tag[1]))
+        if tag in ('img', 'script', 'iframe', 'video', 'source') or tag == 'link': self.loaded.append(has.get('src') or has.get('href'))
+        if tag == 'a': self.links.append(has['href'])
+        if tag == 'img' and not has.get('alt') or tag == 'svg' and not (has.get('aria-label') or has.get('aria-hidden')): self.mute.append(tag)
+        if tag == 'th' and has.get('scope') not in ('row', 'col') or 'scroll' in (has.get('class') or '') and has.get('tabindex') != '0': self.mute.append(tag)
+
+
+def assert_readable(path):
+    "Headings in order, nothing loaded, links that lead somewhere, tables with captions, a way past the navigation."
+    page = path.read_text()
+    outline = Outline(page)
+    assert outline.headings[0] == 1 and outline.headings.count(1) == 1
+    assert all(b <= a + 1 for a, b in zip(outline.headings, outline.headings[1:])), outline.headings
+    assert all(address.startswith('data:') for address in outline.loaded) and not outline.mute
+    for link in outline.links:
+        if link.startswith('#'): assert link[1:] in outline.ids, link
+        else: assert (path.parent/link).exists(), link
+    assert page.count('<caption>') == page.count('<table') and '<html lang="en">' in page and 'class="skip"' in page
+    assert len(outline.ids) == len(set(outline.ids))
+    return outline
+
+
+def localised_run(folder, targets):
+    "A run of invented predictions with clips and a timeline."
+    predictions = simulate_predictions(30, seeds=2)
+    write_table(predictions, folder / 'predictions.parquet', PREDICTIONS)
+    labels = predictions.drop_duplicates('clip_id')
+    same = dict(dataset='demo', path='none.mp4', start=0., end=4., spans=[], duration=4., fps=10., width=320, height=240, has_audio=True, sha256='')
+    clips = [dict(same, clip_id=c, video_id=v, label=y, label_name='Hate' if y else 'Non Hate', targets=targets)
+             for c, v, y in zip(labels.clip_id, labels.video_id, labels.label)]
+    write_table(pd.DataFrame(clips), folder / 'clips.parquet', CLIPS)
+    key = dict(run='strongest', fold=0, seed=0, clip_id=labels.clip_id.iloc[0])
+    write_table(pd.DataFrame(dict(key, t=np.arange(4.), prob=[.1, .9, .9, .1])), folder / 'timeline.parquet', TIMELINE)
+    write_table(pd.DataFrame([dict(key, start=1., end=3., score=.9)]), folder / 'spans.parquet', SPANS)
+    return predictions
+
+
+def test_pages_of_a_run_link_to_each_other_and_can_be_read(tmp_path):
+    localised_run(tmp_path, ['the Zorps'])
+    an.report_run(tmp_path, 'A run')
+    outlines = {name: assert_readable(tmp_path / name) for name in ('report.html', 'timeline.html', 'MODEL_CARD.html')}
+    for name, outline in outlines.items(): assert set(outlines) - {name} <= set(outline.links), name
+    page = (tmp_path / 'report.html').read_text()
+    assert 'the Zorps' in page and 'Errors of BinaryClassifier:image+text' in page
+    assert 'none.mp4' not in page and str(tmp_path) not in page
+
+
+def test_a_timeline_of_other_clips_is_not_shown(tmp_path):
+    localised_run(tmp_path, [])
+    timeline = read_table(tmp_path / 'timeline.parquet').assign(clip_id='gone')
+    write_table(timeline, tmp_path / 'timeline.parquet', TIMELINE)
+    assert [f.name for f in an.report_run(tmp_path)] == ['metrics.json', 'report.html', 'MODEL_CARD.md', 'MODEL_CARD.html']
+    page = (tmp_path / 'report.html').read_text()
+    assert 'timeline.html' not in page and 'Left out: this data set names no target group' in page
+
+
+def test_the_stage_sees_what_was_localised(tmp_path):
+    (tmp_path / 'timeline.parquet').touch()
+    folders = {stage: begin(stage, tmp_path, dict(key='k', rows=None), dict(stages={})) for stage in ('50_robust', '60_analysis')}
+    assert (folders['60_analysis'] / 'timeline.parquet').is_symlink() and not (folders['50_robust'] / 'timeline.parquet').exists()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium, where the machine has it."
+    playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright and Chromium')
+    with playwright.sync_playwright() as p:
+        try: browser = p.chromium.launch(executable_path=shutil.which('chromium') or None)
+        except playwright.Error: pytest.skip('no Chromium')
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize('width', [400, 1300])
+def test_no_page_is_wider_than_the_screen(tmp_path, browser, width):
+    trains, tests = [f'swap_modality_{i}' for i in range(9)], [f'blur@{i}' for i in range(25)]
+    values = {k: .6 for k in ('auroc', 'auroc_low', 'auroc_high')}
+    cells = [dict(train=train, test=test, **values) for train in trains for test in tests]
+    path = an.write_report(simulate_predictions(30, seeds=1), tmp_path / 'r.html', beside=Beside(cells=cells))
+    page = browser.new_page(viewport=dict(width=width, height=900))
+    asked = []
+    page.on('request', lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.evaluate("Math.min(...[...document.querySelectorAll('td, th')].map(e => parseFloat(getComputedStyle(e).fontSize)))") >= 12
+    assert [url for url in asked if not url.startswith(('data:', path.as_uri()))] == []
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.className') == 'skip'
+    page.close()
