@@ -6,9 +6,10 @@
 __all__ = ['LIGHT', 'DARK', 'STYLE', 'DEMO_NOTE', 'contrast', 'html_page', 'html_table', 'Scale', 'shade', 'heat_table',
            'png_uri', 'html_figure', 'veiled', 'render_markdown']
 
-# %% ../nbs/009_pages.ipynb #17fd3c8c
+# %% ../nbs/009_pages.ipynb #8d1d29d9
 import base64
 import io
+import re
 from dataclasses import dataclass
 from html import escape
 
@@ -61,18 +62,19 @@ summary {cursor: pointer; color: var(--link); padding: .25rem 0}
 @media (prefers-reduced-motion: reduce) {* {animation: none !important; transition: none !important; scroll-behavior: auto !important}}
 """
 
-# %% ../nbs/009_pages.ipynb #0142a7ff
+# %% ../nbs/009_pages.ipynb #f5688383
 _BOXES = """
 .scroll {overflow-x: auto; max-width: 100%; margin: .75rem 0}
 table {border-collapse: collapse; font-size: .875rem; line-height: 1.4}
 caption {text-align: left; font-weight: 600; padding-bottom: .35rem}
 th, td {text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line)}
 thead th {border-bottom: 2px solid var(--soft); vertical-align: bottom}
-tbody th {font-weight: 500} .fixed th, .fixed td {white-space: nowrap}
-.heat th, .heat td {padding: .3rem .5rem} .heat td {color: #1f2328; border: 2px solid var(--paper); text-align: center; white-space: nowrap}
+tbody th {font-weight: 500}
+.heat th, .heat td {padding: .3rem .5rem} .heat tbody td {color: #1f2328; border: 2px solid var(--paper); text-align: center; white-space: nowrap}
 .heat thead th {text-align: center; max-width: 7.5rem} .heat td small {display: block; font-size: .75rem}
 .heat tbody th, .heat .corner {position: sticky; left: 0; background: var(--paper); max-width: 11rem; text-align: left; z-index: 1}
-.heat td.none {color: var(--soft)}
+.heat tbody td.none {color: var(--soft)}
+@media (max-width: 40rem) {.heat tbody th, .heat .corner {max-width: 7rem}}
 .scale {display: flex; align-items: center; gap: .5rem; font-size: .875rem} .scale i {width: 9rem; height: .9rem; border: 1px solid var(--line)}
 figure {margin: 0} img, svg {max-width: 100%; height: auto; vertical-align: top} img {background: #fff; border-radius: 4px}
 .figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 1.5rem; margin: .75rem 0}
@@ -86,7 +88,7 @@ _PAPER = """
 @media print {
   body {max-width: none; padding: 0; font-size: 10pt} .skip, nav, .veil {display: none}
   h1, h2, h3, caption, summary {break-after: avoid} figure, tr, blockquote, .note, .legend {break-inside: avoid}
-  .scroll {overflow: visible} table {font-size: 8pt} .fixed th, .fixed td {white-space: normal}
+  .scroll {overflow: visible} table {font-size: 7.5pt} th, td {padding-right: .4rem} .after, .small, figcaption {font-size: 9pt}
   .heat th, .heat td {padding: .1rem .2rem; position: static !important; font-size: 7pt} .heat td small {font-size: 6.5pt}
   .heat td, .scale i {print-color-adjust: exact; -webkit-print-color-adjust: exact}
   .wide img {min-width: 0} .figures {grid-template-columns: 1fr 1fr} .figures img {width: 100%} a {color: inherit}
@@ -122,10 +124,15 @@ def html_page(
             f'<a class="skip" href="#content">To the content</a>\n{_nav("Pages of this run", links or {})}'
             f'<main id="content" tabindex="-1">\n{top}{_nav("On this page", contents or {})}{body}\n</main></body></html>\n')
 
-# %% ../nbs/009_pages.ipynb #ff2a4cb6
+# %% ../nbs/009_pages.ipynb #24c3e126
 def _box(caption, table):
     "A box that scrolls by itself, and that the keyboard reaches."
     return f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">{table}</div>\n'
+
+
+def _unbroken(text):
+    "A number with its interval, which may break before the bracket only; words are left as they are."
+    return text.replace(' ', '&nbsp;').replace('&nbsp;[', ' [') if re.match(r'[-+.\d]', text) else text
 
 
 def html_table(
@@ -133,14 +140,14 @@ def html_table(
     rows, # lists of cells, plain values; the first is the heading of its row
     caption: str, # what the table shows
     after: str = '', # how to read it, a paragraph under the table
-    fixed: bool = True, # keep every cell on one line, as numbers want it
+    fixed: bool = True, # break a cell only before a bracket, as numbers want it
 ) -> str: # HTML
     "A table with a caption and headings, in a box that scrolls."
     head = ''.join(f'<th scope="col">{escape(str(c))}</th>' for c in columns)
-    cells = lambda row: ''.join(f'<td>{escape(str(c))}</td>' for c in row[1:])
+    text = lambda cell: _unbroken(escape(str(cell))) if fixed else escape(str(cell))
+    cells = lambda row: ''.join(f'<td>{text(c)}</td>' for c in row[1:])
     body = ''.join(f'<tr><th scope="row">{escape(str(row[0]))}</th>{cells(row)}</tr>\n' for row in map(list, rows))
-    look = ' class="fixed"' if fixed else ''
-    table = (f'<table{look}><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n'
+    table = (f'<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n'
              f'<tbody>{body}</tbody></table>')
     return _box(caption, table) + (f'<p class="after">{escape(after)}</p>\n' if after else '')
 
@@ -168,11 +175,11 @@ def shade(
     mixed = [round(a + (b - a)*part) for a, b in zip(_NONE, _BETTER if up else _WORSE)]
     return '#' + ''.join(f'{c:02x}' for c in mixed)
 
-# %% ../nbs/009_pages.ipynb #88d2b812
+# %% ../nbs/009_pages.ipynb #477756db
 def _legend(scale):
     "The colours, and what they mean."
     ends = [(v, word) for v, word in zip((scale.low, scale.middle, scale.high), scale.meaning) if word]
-    colours = ', '.join(shade(v, scale) for v, _ in zip((scale.low, scale.middle, scale.high), scale.meaning))
+    colours = ', '.join(shade(v, scale) for v in (scale.low, scale.middle, scale.high))
     words = ' · '.join(f'{v:.3g} {escape(word)}' for v, word in ends)
     return f'<p class="scale"><i style="background: linear-gradient(to right, {colours})"></i> {words}</p>\n'
 

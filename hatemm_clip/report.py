@@ -6,7 +6,7 @@
 __all__ = ['TWO_CLASSES', 'class_names', 'run_facts', 'metric_rows', 'Beside', 'fused_vectors', 'map_svg', 'write_report']
 
 # %% ../nbs/59_report.ipynb #321af5e4
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .base import InputError, write_text
-from .pages import heat_table, html_figure, html_page, html_table, png_uri, Scale, veiled
+from .pages import heat_table, html_figure, html_page, html_table, png_uri, Scale
 from .compare import (
     adjust_holm, head_names, metric_table, paired_difference, prediction_arrays, select_part, summarise_runs)
 from .figures import (
@@ -117,15 +117,15 @@ def _shown_run(predictions, beside, part):
     names = head_names(rows)
     return rows[names == names.iloc[0]]
 
-# %% ../nbs/59_report.ipynb #965b1fcf
+# %% ../nbs/59_report.ipynb #cd846771
 def _targets_section(rows, clips, part):
     "Errors of one run by target group, or why there are none."
     reason = why_no_targets(rows, clips)
     if reason: return f'<p>Left out: {escape(reason)}.</p>'
     table = target_errors(rows, clips, part)
-    return html_table(TARGET_COLUMNS, target_rows(table), f'Errors of {rows.run.iloc[0]}', TARGET_NOTES.format(few=FEW), fixed=False)
+    return html_table(TARGET_COLUMNS, target_rows(table), f'Errors of {rows.run.iloc[0]}', TARGET_NOTES.format(few=FEW))
 
-# %% ../nbs/59_report.ipynb #44452aed
+# %% ../nbs/59_report.ipynb #c5abbbb8
 _AUROC = Scale(0, .5, 1, ('', 'chance', 'perfect'))
 _SHARE = Scale(0, 0, 1, ('', 'none right', 'all right'))
 
@@ -142,7 +142,8 @@ def _grid(cells, value):
 
 def _matrix(cells, value, caption, scale):
     values, below = _grid(cells, value)
-    return heat_table(values, scale, caption, below, 'tested on, by trained on')
+    form = '+.3f' if value.startswith('delta') else '.3f'
+    return heat_table(values, scale, caption, below, 'tested on, by trained on', form)
 
 # %% ../nbs/59_report.ipynb #a0402ea6
 def _num_conditions(rows): return len(rows[['train_condition', 'test_condition']].drop_duplicates())

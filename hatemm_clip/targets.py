@@ -51,14 +51,16 @@ def why_no_targets(
     named = clips[clips.clip_id.isin(hateful)].targets.map(len).sum()
     return '' if named else 'this data set names no target group of a hateful video'
 
-# %% ../nbs/58_targets.ipynb #0a532c8d
+# %% ../nbs/58_targets.ipynb #95db12cc
 FEW = 10  # hateful videos; groups with fewer share a row
 
 
 def _pool(named, few):
     "Rename small groups to one."
     counts = named[named.label == 1].groupby('target').video_id.nunique()
-    small = sorted(t for t in named.target.unique() if counts.get(t, 0) < few)
+    others = named[named.label == 0].groupby('target').video_id.nunique()
+    stands = lambda t: counts.get(t, 0) >= few or (t not in counts and others.get(t, 0) >= few)
+    small = sorted(t for t in named.target.unique() if not stands(t))
     if not small: return named
     name = f"fewer than {few} each: {', '.join(small)}"
     pooled = named.assign(target=named.target.where(~named.target.isin(small), name))
