@@ -119,7 +119,9 @@ def _send(output):
     "Send an output as a message of its own kind; without a front end, show it."
     from IPython import get_ipython
     from IPython.display import display
-    hook, content = getattr(get_ipython(), 'displayhook', None), {k: v for k, v in output.items() if k != 'output_type'}
+    shell, content = get_ipython(), {k: v for k, v in output.items() if k != 'output_type'}
+    if 'execution_count' in content: content['execution_count'] = shell.execution_count  # JupyterLab drops a result without a number
+    hook = getattr(shell, 'displayhook', None)
     if hasattr(hook, 'pub_socket'):
         sys.stdout.flush()
         return hook.session.send(hook.pub_socket, output['output_type'], content, parent=hook.parent_header, ident=output['output_type'].encode())
