@@ -852,7 +852,9 @@ def index(
 # %% ../nbs/97_cli.ipynb #f70498b4
 def _print_hit(number, hit):
     felt = ', '.join(f'{name} {share:.2f}' for name, share in list(hit['emotion'].items())[:2])
-    print(f"{number:>2}  {hit['file']}  at {hit['time']:.1f} s  {hit['where']}" + f'  “{hit["snippet"][:80]}”'*bool(hit['snippet'])
+    file = Path(hit['file'])
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file  # as one would type it here
+    print(f"{number:>2}  {shown}  at {hit['time']:.1f} s  {hit['where']}" + f'  “{hit["snippet"][:80]}”'*bool(hit['snippet'])
           + f'  {felt}'*bool(felt))
 
 # %% ../nbs/97_cli.ipynb #eff1cc02

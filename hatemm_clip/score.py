@@ -114,7 +114,7 @@ def scored_rows(
     named = [i if isinstance(i, Item) else Item(str(i), str(i)) for i in items]
     items = list({i.name: i for i in named}.values())
     config = check_items(bundle, items, asked.partial)
-    if asked.moments and out: raise InputError(f'{out}: keeps no timelines; leave out the one or the other')
+    if asked.moments and out: raise InputError(f'{out}: a file of scores keeps no timelines; leave out --out or --timeline')
     if out is None:
         yield from _new_rows(bundle, asked, items)
         return

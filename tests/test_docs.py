@@ -16,7 +16,7 @@ def site(tmp_path_factory):
     "The staged site, as nbdev hands it to Quarto."
     folder = tmp_path_factory.mktemp('docs')
     shutil.copytree(ROOT/'nbs', folder/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    for name in ('settings.ini', '_quarto.yml'): shutil.copy(ROOT/name, folder)
+    for name in ('settings.ini', '_quarto.yml', 'CHANGELOG.md', 'CONTRIBUTING.md'): shutil.copy(ROOT/name, folder)
     shutil.copytree(ROOT/'hatemm_clip', folder/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
     stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0)'
     subprocess.run([sys.executable, '-c', stage], cwd=folder, check=True, capture_output=True, timeout=300)
@@ -30,11 +30,53 @@ def test_every_notebook_becomes_a_page_with_a_title(site):
         assert re.search(r'title: \S', page.read_text()), f'{notebook.name} has no title'
 
 
-def test_sidebar_lists_every_page_in_a_group(site):
-    first, words, *groups = yaml.safe_load((site/'_proc/sidebar.yml').read_text())['website']['sidebar']['contents']
-    pages = [page for group in groups for page in group['contents']]
-    assert (first, words) == ('index.ipynb', 'glossary.ipynb') and pages == sorted(f.name for f in (site/'nbs').glob('[0-9]*.ipynb'))
-    assert len(groups) > 5 and all(group['section'] for group in groups)
+def listed(contents):
+    "The files that a part of the sidebar names, in its order."
+    for item in contents:
+        if isinstance(item, str): yield item
+        elif 'section' in item: yield from listed(item['contents'])
+        else: yield item['href']
+
+
+@pytest.fixture(scope='module')
+def sidebar(site):
+    "Section → what it holds."
+    contents = yaml.safe_load((site/'_proc/sidebar.yml').read_text())['website']['sidebar']['contents']
+    return {part['section']: part['contents'] for part in contents}
+
+
+def test_the_sidebar_names_every_page_once(site, sidebar):
+    pages = [page for contents in sidebar.values() for page in listed(contents)]
+    there = [f.name for f in (site/'_proc').iterdir() if f.suffix in ('.ipynb', '.md')]
+    assert sorted(pages) == sorted(there)
+
+
+def test_the_sidebar_begins_with_the_roads(sidebar):
+    assert list(sidebar) == ['Start', 'How to', 'Notebooks', 'Look up']
+    roads = list(listed(sidebar['Start']))
+    assert roads[:4] == ['index.ipynb', 'start_lab.ipynb', '98_own_videos.ipynb', 'start_hatemm.ipynb'] and '91_queue.ipynb' in roads
+    assert {f.name for f in (ROOT/'nbs').glob('start_*.ipynb')} < set(roads)
+    assert len(sidebar['How to']) >= 6 and all(page.startswith('howto_') for page in sidebar['How to'])
+
+
+def test_rooms_are_listed_by_group_in_their_order(sidebar):
+    rooms = list(listed(sidebar['Notebooks']))
+    assert rooms == sorted(rooms) and len(sidebar['Notebooks']) > 5 and all(group['contents'] for group in sidebar['Notebooks'])
+
+
+def test_groups_are_closed_and_roads_open(preview):
+    "On the first page; a group opens when a page of its own is shown."
+    page = (preview[0]/'index.html').read_text()
+    opened = dict(re.findall(r'menu-text">([^<]+)</span>.{0,600}?aria-expanded="(true|false)"', page, re.S))
+    assert opened.get('Start') == opened.get('How to') == 'true' and opened.get('Fusion') == 'false'
+
+
+def test_readers_find_their_roads_on_the_first_screen(sidebar):
+    text = (ROOT/'README.md').read_text()
+    first = text[:text.index('## Two commands')]
+    roads = [page for page in listed(sidebar['Start']) if page != 'index.ipynb']
+    assert first.count('\n') < 25 and all(f'](nbs/{page})' in first for page in roads)
+    assert all(f'](nbs/{page})' in text for page in sidebar['How to'])
 
 
 # What Quarto reads and the preview does not: other formats, and the names of pages, which are those of the notebooks anyway.

@@ -15,12 +15,22 @@ BIN = Path(sys.executable).parent
 GROUPS = {'Ground': '000', 'Data': '00_', 'Numbers': '05', 'Speech': '07', 'Features': '15', 'Fine-tuning': '26', 'Fusion': '33',
           'Robustness': '46', 'Where and why': '52', 'Reading': '58', 'Memes': '70', 'Search': '78', 'Use': '82',
           'Running': '91_s'}  # group → number of its first room
+START = ('start_lab', '98_own_videos', 'start_hatemm', '91_queue', 'start_memes', 'start_search', 'start_when')  # roads
+
+
+def read_cells(path):
+    "The sources of a notebook's cells."
+    return [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+
+def read_title(path):
+    "A notebook's title and summary."
+    return re.match(r'# (.+)\n+> (.+)', read_cells(path)[0]).groups()
 
 
 def read_room(path):
     "A notebook's file name, module, title, summary, and whether it holds a stage."
-    cells = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
-    title, summary = re.match(r'# (.+)\n+> (.+)', cells[0]).groups()
+    cells, (title, summary) = read_cells(path), read_title(path)
     module = next(s.split()[-1] for s in cells if s.startswith('#| default_exp'))
     stage = any(re.match(r'## The stage\b', s) for s in cells)
     return dict(file=path.name, module=module, title=title, summary=summary, stage=stage)
@@ -45,11 +55,37 @@ def rooms_table():
     return '\n'.join(lines)
 
 
+def how_to_pages():
+    "File names of the pages that answer one question, by title."
+    pages = {path.name: read_title(path) for path in (ROOT/'nbs').glob('howto_*.ipynb')}
+    return sorted(pages, key=pages.get)
+
+
+def how_to_list():
+    "The questions, with what their pages say, as Markdown."
+    lines = []
+    for name in how_to_pages():
+        title, summary = read_title(ROOT/'nbs'/name)
+        lines.append(f'- [{title}]({name}): {summary[0].lower() + summary[1:]}')
+    return '\n'.join(lines)
+
+
+def sidebar():
+    "What the site lists at its side: the roads, the questions, the rooms by group, and what is looked up."
+    start = [f'{page}.ipynb' for page in START]
+    elsewhere = {*start, '99_reference.ipynb'}
+    groups = {name: [room['file'] for room in rooms if room['file'] not in elsewhere] for name, rooms in read_groups().items()}
+    rooms = [dict(section=name, contents=files) for name, files in groups.items()]
+    return [dict(section='Start', contents=[dict(text='Quick start', href='index.ipynb'), *start]),
+            dict(section='How to', contents=how_to_pages()),
+            dict(section='Notebooks', contents=rooms),
+            dict(section='Look up', contents=['glossary.ipynb', '99_reference.ipynb', 'changelog.md', 'contributing.md'])]
+
+
 def write_sidebar():
-    "nbs/sidebar.yml lists the pages by group."
-    sections = [dict(section=name, contents=[room['file'] for room in rooms]) for name, rooms in read_groups().items()]
-    text = yaml.safe_dump(dict(website=dict(sidebar=dict(contents=['index.ipynb', 'glossary.ipynb', *sections]))), sort_keys=False)
-    header = '# Written by `make export` from the notebooks and the groups in tools/prepare.py.\n'
+    "nbs/sidebar.yml lists the pages; sections within sections are closed until a page of theirs is open."
+    text = yaml.safe_dump(dict(website=dict(sidebar=dict({'collapse-level': 2}, contents=sidebar()))), sort_keys=False)
+    header = '# Written by `make export` from the notebooks and the names in tools/prepare.py.\n'
     (ROOT/'nbs/sidebar.yml').write_text(header + text, encoding='utf-8')
 
 
@@ -94,6 +130,7 @@ def write_readme():
         (ROOT/name).parent.mkdir(exist_ok=True)
         (ROOT/name).write_bytes(data)
     text = re.sub(r'\]\((?!https?:|#|index_files)([^)]+)\)', r'](nbs/\1)', text)  # links are relative to nbs/
+    text = re.sub(r'nbs/(changelog|contributing)\.md', lambda m: f'{m[1].upper()}.md', text)  # pages of the site that are links
     text = re.sub(r'!\[png\]', lambda _: f'![{next(told)}]', text)
     header = '<!-- Written from nbs/index.ipynb by `make export`: edit that. -->\n\n'
     (ROOT/'README.md').write_text(header + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', encoding='utf-8')
