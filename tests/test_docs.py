@@ -1,6 +1,7 @@
 "The docs tree builds: every notebook becomes a page with a title, the sidebar has them all by group, internal links resolve."
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ def site(tmp_path_factory):
     for name in ('settings.ini', '_quarto.yml', 'CHANGELOG.md', 'CONTRIBUTING.md'): shutil.copy(ROOT/name, folder)
     shutil.copytree(ROOT/'hatemm_clip', folder/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
     stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0)'
-    subprocess.run([sys.executable, '-c', stage], cwd=folder, check=True, capture_output=True, timeout=300)
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT/'tools'), os.environ.get('PYTHONPATH', '')]))
+    subprocess.run([sys.executable, '-c', stage], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
     return folder
 
 
@@ -115,6 +117,33 @@ def test_symbols_link_to_their_pages_and_sources(site):
     for name, found in links.items():
         assert not [anchor for _, anchor in found if anchor.startswith('_')], f'{name} links to a private name'
         assert not [page for page, _ in found if page not in modules], f'{name} links to a page that is not there'
+
+
+def staged(site, notebook): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads((site/'_proc'/notebook.name).read_text())['cells']]
+
+
+def test_staged_pages_have_tables_boxes_and_marks(site):
+    "Nothing is left of `show_doc`; a box stands on top; a mark stands before each flagged cell; what teaches is shown."
+    flags = re.compile(r'^#\| (slow|cuda|net|data)$', re.M)
+    for notebook in (site/'nbs').glob('[0-9]*.ipynb'):
+        cells, sources = staged(site, notebook), [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
+        prose = [source for kind, source in cells if kind == 'markdown']
+        assert not [source for kind, source in cells if kind == 'code' and 'show_doc(' in source], notebook.name
+        assert prose[0].startswith('::: {.room}') and not [p for p in prose if p.startswith('- **Takes**')], f'{notebook.name}: no box'
+        marks = [i for i, (_, source) in enumerate(cells) if source.startswith('::: {.flagged}')]
+        flagged = [flags.sub('', s).strip().splitlines()[-1] for s in sources if flags.match(s)]
+        assert [cells[i + 1][1].strip().splitlines()[-1] for i in marks] == flagged, f'{notebook.name}: a flagged cell without its mark'
+        shown = [s.split('\n', 1)[1].strip() for s in sources if s.startswith('#| exports\n')]
+        code = '\n'.join(source for kind, source in cells if kind == 'code')
+        assert all(s in code for s in shown), f'{notebook.name}: an exported cell that teaches is not shown'
+
+
+def test_tables_of_parameters_have_four_cells_a_row(preview):
+    "As they are rendered: a pipe in a type or a comment must not end a cell."
+    tables = [t for page in preview[0].glob('*.html') for t in re.findall(r'<div class="parameters">(.*?)</div>', page.read_text(), re.S)]
+    rows = [row for table in tables for row in re.findall(r'<tr\b.*?</tr>', table, re.S)]
+    assert len(tables) > 900 and {len(re.findall(r'<t[dh]\b', row)) for row in rows} == {4}
+    assert any('<code>str | Path</code>' in html.unescape(row) for row in rows)
 
 
 def figures(notebook):

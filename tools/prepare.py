@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -89,6 +90,24 @@ def write_sidebar():
     (ROOT/'nbs/sidebar.yml').write_text(header + text, encoding='utf-8')
 
 
+def coarse(seconds):
+    "How long a notebook takes, as its box says it: coarse, so that it stays true on another machine."
+    if seconds < 20: return 'seconds'
+    if seconds < 45: return 'half a minute'
+    minutes = round(seconds/60)
+    return f'{minutes} minutes' if minutes > 1 else '1 minute'
+
+
+def write_time(nb, seconds):
+    "Put the line `Time` into the box under the title, unless what stands there is near enough."
+    cell, line = nb.cells[1], f'- **Time**: {coarse(seconds)}'
+    if not re.match(r'- \*\*(Takes|Gives|Time)\*\*: ', cell.source): return
+    said = re.search(r'^- \*\*Time\*\*: .*$', cell.source, re.M)
+    near = {f'- **Time**: {coarse(seconds*share)}' for share in (.5, .75, 1, 1.5, 2)}
+    if said and said[0] not in near: cell.source = cell.source.replace(said[0], line)
+    if not said: cell.source += '\n' + line
+
+
 def execute(path):
     "Run a notebook in place; flagged cells keep their outputs, unless HATEMM_CELLS names their flag."
     from nbclient import NotebookClient
@@ -97,8 +116,10 @@ def execute(path):
     nb = nbformat.read(path, 4)
     held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and (flag := cell_flag(c.source)) and flag not in os.environ.get('HATEMM_CELLS', '')}
     for i in held: nb.cells[i].source = ''
+    began = time.time()
     NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for i, (source, outputs) in held.items(): nb.cells[i].update(source=source, outputs=outputs)
+    if not os.environ.get('HATEMM_CELLS'): write_time(nb, time.time() - began)
     nbformat.write(nb, path)
 
 
