@@ -54,7 +54,7 @@ def test_the_sidebar_names_every_page_once(site, sidebar):
 
 
 def test_the_sidebar_begins_with_the_roads(sidebar):
-    assert list(sidebar) == ['Start', 'How to', 'Notebooks', 'Look up']
+    assert list(sidebar) == ['Start', 'How to', 'Results', 'Notebooks', 'Look up']
     roads = list(listed(sidebar['Start']))
     assert roads[:4] == ['index.ipynb', 'start_lab.ipynb', '98_own_videos.ipynb', 'start_hatemm.ipynb'] and '91_queue.ipynb' in roads
     assert {f.name for f in (ROOT/'nbs').glob('start_*.ipynb')} < set(roads)

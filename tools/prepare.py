@@ -74,11 +74,13 @@ def how_to_list():
 def sidebar():
     "What the site lists at its side: the roads, the questions, the rooms by group, and what is looked up."
     start = [f'{page}.ipynb' for page in START]
+    results = sorted(path.name for path in (ROOT/'nbs').glob('results_*.ipynb'))
     elsewhere = {*start, '99_reference.ipynb'}
     groups = {name: [room['file'] for room in rooms if room['file'] not in elsewhere] for name, rooms in read_groups().items()}
     rooms = [dict(section=name, contents=files) for name, files in groups.items()]
     return [dict(section='Start', contents=[dict(text='Quick start', href='index.ipynb'), *start]),
             dict(section='How to', contents=how_to_pages()),
+            dict(section='Results', contents=results),
             dict(section='Notebooks', contents=rooms),
             dict(section='Look up', contents=['glossary.ipynb', '99_reference.ipynb', 'changelog.md', 'contributing.md'])]
 
