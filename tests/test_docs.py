@@ -82,7 +82,7 @@ def test_readers_find_their_roads_on_the_first_screen(sidebar):
 
 
 # What Quarto reads and the preview does not: other formats, and the names of pages, which are those of the notebooks anyway.
-QUARTO_ONLY = re.compile(r'format commonmark is not built|format.html.(keep-md|grid) is ignored|output-file is not read')
+QUARTO_ONLY = re.compile(r'format commonmark is not built|format.html.(keep-md|grid|html-math-method) is ignored|output-file is not read')
 
 
 @pytest.fixture(scope='module')
