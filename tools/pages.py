@@ -192,12 +192,13 @@ def prose(text):
 
 
 def table(rows):
-    "A table of parameters as Markdown."
+    "A table of parameters as Markdown, folded: a page is read for its lessons first."
     lines = ['| ' + ' | '.join(HEADER) + ' |', '|:---------|:---------|:-------|:--------------------|']
     for name, kind, default, said in rows:
         cells = (literal(name) or ('*yields*' if said.startswith('yields ') else '*returns*'), literal(kind), literal(default), prose(said.removeprefix('yields ')))
         lines.append('| ' + ' | '.join(cells) + ' |')
-    return '::: {.parameters}\n' + '\n'.join(lines) + '\n:::'
+    inside = ['::: {.parameters}', *lines, ':::']
+    return '<details>\n<summary>Parameters</summary>\n\n' + '\n'.join(inside) + '\n\n</details>'
 
 
 def body(definition):
@@ -358,7 +359,7 @@ class add_box(Processor):
     "The box takes the place of the cell that holds its data."
     def begin(self):
         name = Path(self.nb.path_).stem
-        if not name[0].isdigit(): return
+        if not re.match(r'\d|results_', name): return
         cells, links = read_nb(self.nb.path_).cells, NbdevLookup()
         said = {key: links.linkify(text) for key, text in read_box(cells).items()}
         made = box([c.source for c in cells if c.cell_type == 'code'], said, name, module_of(self.nb))
