@@ -209,7 +209,7 @@ def test_the_command_finds_spans_in_files(run, films, hatemm, tmp_path):
     assert done.returncode == 1 and done.stderr.count('error:') == 1 and 'none.mp4' in done.stderr and 'Traceback' not in done.stderr
     spans = json.loads(file.read_text())
     assert spans and all(set(s) == {'file', 'start', 'end', 'score', 'modality'} and 0 <= s['start'] < s['end'] <= 41 for s in spans)
-    assert {s['modality'] for s in spans} <= {'image', 'text', 'image+text'} and page.read_text().count('<section>') == 2
+    assert {s['modality'] for s in spans} <= {'image', 'text', 'image+text'} and page.read_text().count('<section ') == 2
 
 
 def test_score_draws_the_page_and_keeps_its_numbers(run, films, hatemm, tmp_path):
