@@ -20,7 +20,7 @@ test: install  ## notebooks, command line, generated files, docs
 	python -m pytest --durations 20 -n 2 --dist loadfile tests
 
 docs: install  ## the site, in _docs/ (with Quarto), or a check that it would build
-	if command -v quarto >/dev/null; then PYTHONPATH=$(CURDIR)/tools nbdev_proc_nbs --force && quarto render _proc --no-cache && rm -rf _docs && mv _proc/_docs _docs; \
+	if command -v quarto >/dev/null; then rm -rf _proc && PYTHONPATH=$(CURDIR)/tools nbdev_proc_nbs && quarto render _proc --no-cache && rm -rf _docs && mv _proc/_docs _docs; \
 	else python -m pytest tests/test_docs.py; fi
 
 export: install  ## notebooks -> hatemm_clip/, README.md and the sidebar; cleans the notebooks
