@@ -207,3 +207,18 @@ def test_the_reference_is_that_of_the_program():
     [shown] = [o['data']['text/markdown'] for cell in json.loads((ROOT/'nbs/99_reference.ipynb').read_text())['cells']
                for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     assert ''.join(shown) == command_reference(), 'run nbs/99_reference.ipynb: a command has changed'
+
+
+def test_make_docs_changes_no_file_of_the_clone(tmp_path):
+    "With a renderer that writes one page; the staged sidebar is ours, not nbdev's."
+    clone, tools = tmp_path/'clone', tmp_path/'bin'
+    subprocess.run(['git', 'clone', '--quiet', ROOT, clone], check=True)
+    tools.mkdir()
+    (tools/'quarto').write_text('#!/bin/sh\n[ "$1" = render ] && mkdir -p "$2/_docs" && touch "$2/_docs/index.html"\n')
+    (tools/'quarto').chmod(0o755)
+    path = os.pathsep.join([str(tools), os.path.dirname(sys.executable), os.environ['PATH']])
+    done = subprocess.run(['make', '-o', '.venv/.installed', 'docs'], cwd=clone, env=os.environ | dict(PATH=path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    changed = subprocess.run(['git', 'status', '--short'], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert not changed and (clone/'_docs/index.html').exists()
+    assert (clone/'_proc/sidebar.yml').read_text() == (ROOT/'nbs/sidebar.yml').read_text()
