@@ -119,10 +119,9 @@ def _send(output):
     "Send an output as a message of its own kind; without a front end, show it."
     from IPython import get_ipython
     from IPython.display import display
-    shell, content = get_ipython(), {k: v for k, v in output.items() if k != 'output_type'}
-    if 'execution_count' in content: content['execution_count'] = shell.execution_count  # JupyterLab drops a result without a number
-    hook = getattr(shell, 'displayhook', None)
+    hook, content = getattr(get_ipython(), 'displayhook', None), {k: v for k, v in output.items() if k != 'output_type'}
     if hasattr(hook, 'pub_socket'):
+        if 'execution_count' in content: content['execution_count'] = hook.shell.execution_count  # JupyterLab drops a result without a number
         sys.stdout.flush()
         return hook.session.send(hook.pub_socket, output['output_type'], content, parent=hook.parent_header, ident=output['output_type'].encode())
     if output['output_type'] == 'stream': print(output['text'], end='')

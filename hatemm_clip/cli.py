@@ -129,12 +129,17 @@ def init(
     for command in next_steps(path, own): print(f'  {command}')
 
 # %% ../nbs/97_cli.ipynb #720176bf
+def _from_here(path):
+    "A path as one would type it here."
+    path, here = Path(path), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def _data_of(params_file):
     "The data that a parameter file names, its folder as seen from here."
     from hatemm_clip.pipeline import data_parameters
     found = data_parameters(params_file)
-    folder, here = Path(found['data_dir']), Path.cwd()
-    return found | dict(data_dir=folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    return found | dict(data_dir=_from_here(found['data_dir']))
 
 # %% ../nbs/97_cli.ipynb #0c563656
 @app.command()
@@ -852,9 +857,7 @@ def index(
 # %% ../nbs/97_cli.ipynb #f70498b4
 def _print_hit(number, hit):
     felt = ', '.join(f'{name} {share:.2f}' for name, share in list(hit['emotion'].items())[:2])
-    file = Path(hit['file'])
-    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file  # as one would type it here
-    print(f"{number:>2}  {shown}  at {hit['time']:.1f} s  {hit['where']}" + f'  “{hit["snippet"][:80]}”'*bool(hit['snippet'])
+    print(f"{number:>2}  {_from_here(hit['file'])}  at {hit['time']:.1f} s  {hit['where']}" + f'  “{hit["snippet"][:80]}”'*bool(hit['snippet'])
           + f'  {felt}'*bool(felt))
 
 # %% ../nbs/97_cli.ipynb #eff1cc02

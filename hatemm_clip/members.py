@@ -261,6 +261,11 @@ class _Training:
         for row, i in zip(kept.rows, going): kept.optimiser.state[row] = self.optimiser.state[self.rows[i]]
         return kept
 
+# %% ../nbs/36_members.ipynb #ea73ebd9
+def _take(array, places): # (M, B, ...); int (M, n), None: all
+    if places is None: return array
+    return array.take_along_dim(places.reshape(*places.shape, *[1]*(array.ndim - 2)), dim=1)
+
 # %% ../nbs/36_members.ipynb #e9df7810
 @dataclasses.dataclass
 class _Drawn:
@@ -271,9 +276,8 @@ class _Drawn:
     share: Tensor | None = None # of the first rows, (M,)
 
     def take(self, places): # int (M, n); None: all
-        if places is None: return self
-        second = None if self.second is None else self.second.gather(1, places)
-        return _Drawn(self.rows.gather(1, places), self.real.gather(1, places), second, self.share)
+        pick = lambda a: None if a is None else _take(a, places)
+        return _Drawn(pick(self.rows), pick(self.real), pick(self.second), self.share)
 
     def lengths_in(self, data): # gives the tokens that each clip, or pair, needs: (M, B)
         first = data.lengths[self.rows]
@@ -330,10 +334,10 @@ def _gradient(head):
 # %% ../nbs/36_members.ipynb #f131e534
 def _step_of(gradient, training, task, drawn):
     "Gradients of a batch, summed over its parts, and which members had a row in it."
-    total, grads = _targets(training, task, drawn)[1].sum(1), None
+    (targets, weight), grads = _targets(training, task, drawn), None
+    total = weight.sum(1)
     for places, most in _parts_of(drawn.lengths_in(task.data)):
-        part = drawn.take(places)
-        batch = *_tokens(training, task, part, most), *_targets(training, task, part)
+        batch = *_tokens(training, task, drawn.take(places), most), _take(targets, places), _take(weight, places)
         found = gradient(training.params, training.buffers, *batch, total)
         grads = found if grads is None else grads + found
     return grads, (total > 0).tolist()
@@ -343,8 +347,7 @@ def _score(head, networks, data, fold, rows): # networks: with `params` and `buf
     "Logits (M, n, C) of each member on its own rows (M, n)."
     score, parts, places = vmap(lambda *a: _logits(head, *a)), [], []
     for at, most in _parts_of(data.lengths[rows]):
-        part = rows if at is None else rows.gather(1, at)
-        parts.append(score(networks.params, networks.buffers, *data(fold, part, most)))
+        parts.append(score(networks.params, networks.buffers, *data(fold, _take(rows, at), most)))
         places.append(at)
     if places[0] is None: return parts[0]
     back = torch.cat(places, dim=1).argsort(dim=1)[..., None]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'STYLE', 'DEMO_NOTE', 'contrast', 'html_page', 'html_table', 'Scale', 'shade', 'heat_table',
-           'png_uri', 'html_figure', 'veiled', 'render_markdown']
+           'png_uri', 'html_figure', 'blurred', 'jpeg_uri', 'veiled', 'render_markdown']
 
 # %% ../nbs/009_pages.ipynb #8d1d29d9
 import base64
@@ -213,6 +213,9 @@ def heat_table(
              f'</tr></thead>\n<tbody>{"".join(rows)}</tbody></table>')
     return _box(caption, table) + _legend(scale)
 
+# %% ../nbs/009_pages.ipynb #e3a04e8b
+def _data_uri(kind, buffer): return f'data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
 # %% ../nbs/009_pages.ipynb #092092c4
 def png_uri(
     figure, # of matplotlib; it is closed
@@ -223,7 +226,7 @@ def png_uri(
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=dpi, bbox_inches='tight', facecolor='white')
     plt.close(figure)
-    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+    return _data_uri('image/png', buffer)
 
 
 def html_figure(
@@ -237,6 +240,23 @@ def html_figure(
     if wide: picture = f'<div class="scroll" role="region" aria-label="{escape(alt[:60])}" tabindex="0">{picture}</div>'
     below = f'<figcaption>{escape(caption)}</figcaption>' if caption else ''
     return f'<figure{" class=wide"*bool(wide)}>{picture}{below}</figure>\n'
+
+# %% ../nbs/009_pages.ipynb #1e88b9e4
+def blurred(
+    picture, # of Pillow
+): # a picture in which shapes remain and faces do not
+    "A picture of which nothing can be read."
+    from PIL import ImageFilter
+    return picture.filter(ImageFilter.GaussianBlur(max(picture.size)/18))
+
+
+def jpeg_uri(
+    picture, # of Pillow, RGB
+) -> str: # a data: address
+    "A picture as an address that holds it."
+    buffer = io.BytesIO()
+    picture.save(buffer, 'JPEG', quality=70)
+    return _data_uri('image/jpeg', buffer)
 
 # %% ../nbs/009_pages.ipynb #0929ab80
 def veiled(

@@ -30,6 +30,7 @@ from .moments import (
     PLACES, clip_words, frame_inputs, frame_moments, has_table, is_one_of, is_uri, moment_schema, nearest_moments, open_tables,
     read_about, read_columns, sync_table, word_inputs, word_moments, worded_moments, write_about)
 from .ocr import ocr_clips
+from .pages import blurred, jpeg_uri
 
 # %% ../nbs/80_retrieval.ipynb #280d455c
 @dataclass(frozen=True)
@@ -292,18 +293,13 @@ def _picture_vector(path, encoder):
 # %% ../nbs/80_retrieval.ipynb #19ac62d2
 def _thumbnail(hit, blur, width):
     "A frame of a moment, as a data URL; '' where there is none."
-    import base64
-    from io import BytesIO
-    from PIL import Image, ImageFilter
+    from PIL import Image
     try: frames = list(frames_at(hit['file'], np.array([max(hit['time'], 0.)])))
     except InputError: return ''
     if not frames: return ''
     picture = Image.fromarray(frames[0][0])
     picture.thumbnail((width, width))
-    if blur: picture = picture.filter(ImageFilter.GaussianBlur(width/18))
-    file = BytesIO()
-    picture.save(file, 'jpeg', quality=70)
-    return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
+    return jpeg_uri(blurred(picture) if blur else picture)
 
 
 def show_hits(

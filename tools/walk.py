@@ -17,7 +17,7 @@ def shell(command):
     if done.returncode: raise RuntimeError(f'{command}: exit code {done.returncode}')
 
 
-def absolute_paths():
+def put_own_commands_first():
     "Make this Python's commands come first, and its package be found from any folder."
     os.environ['PATH'] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     given = os.environ.get('PYTHONPATH', '')
@@ -48,7 +48,7 @@ def copy_results(run, target):
 
 def open_walk(folder='', run_dir=''):
     "Go to a folder, a temporary one where none is named, as a reader's terminal does; with a run, find it there as runs/demo."
-    absolute_paths()
+    put_own_commands_first()
     run = demo_bundle(run_dir) if run_dir else None
     folder = Path(folder or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
