@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from demo import make_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'
-os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1', OMP_NUM_THREADS='1')  # two test processes share the cores
+os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1', OMP_NUM_THREADS='1', LOKY_MAX_CPU_COUNT='1')  # two test processes share the cores
+warm.start_kernels_here()
 
 
 @pytest.fixture(scope='session')
@@ -33,11 +35,11 @@ def on_ray():
     ray.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def hatemm():
     "Run the `hatemm` command; gives the finished process."
     def call(*args, timeout=600):
-        return subprocess.run([sys.executable, '-m', 'hatemm_clip', *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        return warm.run([sys.executable, '-m', 'hatemm_clip', *args], cwd=ROOT, timeout=timeout)
     return call
 
 

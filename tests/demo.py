@@ -15,14 +15,10 @@ CACHE = ROOT/'tests/.cache'
 MADE_BY = '40_fusion'  # the last notebook that the demo is made by
 
 
-def execute(notebook, cwd, target, **parameters):
-    "Run a notebook as a batch does, all cells but the flagged ones."
-    import nbformat
-
+def execute(notebook, cwd, **parameters):
+    "Run a notebook as a batch does, all cells but the flagged ones; its page is not kept."
     from hatemm_clip.pipeline import runnable
-    source = target.with_suffix('.source.ipynb')
-    nbformat.write(runnable(notebook), source)
-    papermill.execute_notebook(str(source), str(target), parameters, cwd=str(cwd), kernel_name='python3', progress_bar=False)
+    papermill.execute_notebook(runnable(notebook), None, parameters, cwd=str(cwd), kernel_name='python3', progress_bar=False)
 
 
 def key():
@@ -45,7 +41,7 @@ def make_demo():
             for old in CACHE.iterdir():
                 if old.name != '.lock': remove(old)
             shutil.copytree(ROOT/'nbs', clone/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-            execute(clone/'nbs'/f'{MADE_BY}.ipynb', clone/'nbs', clone/f'{MADE_BY}.ipynb')
+            execute(clone/'nbs'/f'{MADE_BY}.ipynb', clone/'nbs')
             (clone/'done').touch()
     return clone
 

@@ -2,12 +2,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pandas as pd
 import pytest
+import warm
 from answering import cut, FakeModel, malformed, slow, status
 from conftest import ROOT
 from killing import kill_runs
@@ -125,13 +125,10 @@ def test_a_model_that_answers_nothing_ends_with_a_status(table, hatemm, tmp_path
     assert done.returncode == 1 and '0 answers, 40 failed' in done.stdout and not done.stderr
 
 
-def heed_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background has it ignored
-
-
 def test_ctrl_c_keeps_what_was_answered(table, tmp_path):
     with FakeModel(delay=.3) as model:
         command = [sys.executable, '-m', 'hatemm_clip', 'reannotate', table, '--definition', 'hatemm', '--out', tmp_path/'out', '--endpoint', model.url, '--model', 'm', '--jobs', '2']
-        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed_ctrl_c)
+        run = warm.Fork(command, cwd=ROOT)
         while len(model.asked) < 5: time.sleep(.05)
         run.send_signal(signal.SIGINT)
         told = run.communicate(timeout=60)[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 
 from hatemm_clip import asr as module
 from hatemm_clip import rows, speech
@@ -30,7 +31,7 @@ GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5
 
 
 @pytest.fixture(scope='module')
-def fast(): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2)
+def fast(): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1)
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +72,7 @@ def test_real_clips_with_faster_whisper(fast, videos): check_real_clips(dict(zip
 
 @pytest.mark.parametrize('beam_size', [1, 5])
 def test_real_clips_with_openai_whisper(videos, shared, beam_size):
-    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2, beam_size=beam_size)
+    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1, beam_size=beam_size)
     answers = asr.transcribe(list(videos.values()))
     check_real_clips(dict(zip(videos, answers)))
     assert {(a['backend'], a['model']) for a in answers} == {('openai-whisper', 'whisper-tiny.en')}
@@ -119,7 +120,7 @@ def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, s
         at = int(48_000*begin)
         wave[at:at + len(spoken)] = spoken[:len(wave) - at]
     film = sounding(tmp_path/'late.mkv', seconds=20., offset=late, tracks=[wave[None]])
-    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2)
+    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1)
     audio = read_audio(film)
     segments = asr.transcribe([audio])[0]['segments']
     assert in_order(segments, len(audio)/SR)
@@ -133,7 +134,7 @@ def test_a_loop_over_noise_is_flagged_or_left_out(backend, shared):
     phrase = np.interp(np.arange(0, len(phrase), 22_050/SR), np.arange(len(phrase)), phrase)
     audio = np.tile(phrase, 12).astype(np.float32)
     audio += np.random.default_rng(0).normal(0, .05, len(audio)).astype(np.float32)
-    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=2)
+    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1)
     answer = asr.transcribe([audio])[0]
     assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*14
     assert 'repetition' in answer['flags']
@@ -247,7 +248,7 @@ module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], module.load_asr(de
 def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
     clips, _, folder = corpus
     journal = tmp_path/'transcripts.parquet.journal'
-    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder/'tables/clips.parquet'), str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Fork([sys.executable, '-c', WORKER, folder/'tables/clips.parquet', tmp_path])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (journal.exists() and journal.read_bytes().count(b'\n') >= lines): time.sleep(.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -303,7 +304,7 @@ def test_two_writers_one_is_refused(fast, corpus, tmp_path):
     with store_lock(tmp_path/'transcripts.parquet'):
         with pytest.raises(InputError, match='another run is writing to it'): transcribe_clips(clips[:2], tmp_path, asr=fast)
         code = "import sys; from hatemm_clip.asr import transcribe_clips; from hatemm_clip.base import read_table; transcribe_clips(read_table(sys.argv[1])[:2], sys.argv[2])"
-        done = subprocess.run([sys.executable, '-c', code, str(folder/'tables/clips.parquet'), str(tmp_path)], capture_output=True, text=True)
+        done = warm.run([sys.executable, '-c', code, folder/'tables/clips.parquet', tmp_path])
     assert 'InputError' in done.stderr and 'another run is writing to it' in done.stderr.splitlines()[-1]
     first = transcribe_clips(clips[:2], tmp_path, asr=fast)
     with store_lock(tmp_path/'transcripts.parquet'): assert first.equals(transcribe_clips(clips[:2], tmp_path, asr=fast))  # done: only read
@@ -323,7 +324,7 @@ transcribe_clips(read_table({str(folder/'tables/clips.parquet')!r}), {str(tmp_pa
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     told = done.stderr.strip().splitlines()[-1]
     assert 'InputError' in told and 'transcripts.parquet.journal: cannot be written (File too large)' in told and 'make room and run again' in told
-    one_by_one = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2, batch_size=1)
+    one_by_one = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
     resumed = transcribe_clips(clips, tmp_path, asr=one_by_one)
     assert resumed.equals(transcribe_clips(clips, tmp_path/'calm', asr=one_by_one))
 
@@ -444,7 +445,7 @@ def test_a_finished_table_is_kept_and_other_settings_are_not_mixed(fast, corpus,
     first = transcribe_clips(clips, tmp_path, asr=fast)
     assert '3 clips, 0 failed' in capsys.readouterr().out
     assert first.equals(transcribe_clips(clips, tmp_path, asr=fast)) and 'there already' in capsys.readouterr().out
-    greedy = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=2, beam_size=1)
+    greedy = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, beam_size=1)
     transcribe_clips(clips, tmp_path, asr=greedy)
     assert 'is of other settings' in capsys.readouterr().out
     assert read_transcripts(tmp_path).attrs['params']['beam_size'] == 1
@@ -517,7 +518,7 @@ def test_subtitles_read_back(tmp_path):
 
 
 def test_ray_gives_the_same_rows_although_an_actor_is_killed(corpus, tmp_path, on_ray):
-    asr = load_asr(device='cpu', batch_size=2, threads=2)
+    asr = load_asr(device='cpu', batch_size=2, threads=1)
     expected = transcribe_clips(corpus[0], tmp_path/'local', asr)
     with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', asr, engine='ray')
     assert got.equals(expected) and not (tmp_path/'ray/transcripts.parquet.journal').exists()

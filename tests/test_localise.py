@@ -168,12 +168,10 @@ def run(demo, tmp_path_factory): return copy_run(demo, tmp_path_factory.mktemp('
 
 
 @pytest.fixture(scope='module')
-def measured(run, tmp_path_factory):
+def measured(run, tmp_path_factory, hatemm):
     "The result of the command on the demo's run."
-    import subprocess
-    import sys
     file = tmp_path_factory.mktemp('json')/'localise.json'
-    done = subprocess.run([sys.executable, '-m', 'hatemm_clip', 'localise', run.folder, '--seeds', '1', '--json', file], capture_output=True, text=True, timeout=600)
+    done = hatemm('localise', run.folder, '--seeds', '1', '--json', file)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text()), done.stdout
 

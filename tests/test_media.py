@@ -1,11 +1,11 @@
 "Odd but playable files: what a correct reader says of each, by every way to ask, and random damage."
-import subprocess
 import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import warm
 from conftest import SHARED
 from films import sounding
 
@@ -177,7 +177,7 @@ def test_names_of_stills_are_files(tmp_path, name):
 
 def test_a_dash_is_explained(tmp_path):
     (tmp_path/'-a.mp4').touch()
-    call = lambda *args: subprocess.run([sys.executable, '-m', 'hatemm_clip', *args], cwd=tmp_path, capture_output=True, text=True)
+    call = lambda *args: warm.run([sys.executable, '-m', 'hatemm_clip', *args], cwd=tmp_path)
     refused = call('probe', '-a.mp4')
     assert refused.returncode == 2 and 'write -- before names that begin with a dash' in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert 'the file is empty' in call('probe', '--', '-a.mp4').stdout

@@ -1,17 +1,19 @@
 "Memes: collections as they were published, labels and what they mean, words that are given or read, a batch, and the search."
 import json
 import shutil
-import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from conftest import ROOT, SHARED
 from PIL import Image
 
 from hatemm_clip.base import InputError, Run, read_json, read_table, write_text
 from hatemm_clip.memes import DEFINITIONS, majority_label, make_memes, prepare_memes, read_definition, read_memes
+from hatemm_clip.pipeline import run_pipeline
 
 ALIGNED = SHARED/'data/memes/fhm_aligned_with_hatemm.csv'
 
@@ -126,11 +128,9 @@ def test_a_batch_of_memes_ends_in_a_bundle_that_reads_pictures(tmp_path):
         assert old in params
         params = params.replace(old, new)
     write_text(tmp_path/'memes.yml', params)
-    command = [sys.executable, '-m', 'hatemm_clip', 'run', str(tmp_path/'memes.yml'), '--out', str(tmp_path/'run')]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-500:]
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert again.stdout.count('up to date') == 5
+    said = []
+    for _ in range(2): run_pipeline(tmp_path/'memes.yml', tmp_path/'run', echo=said.append)
+    assert sum('up to date' in line for line in said) == 5
     config = read_json(tmp_path/'run/bundle/config.json')
     assert config['demo'] and config['encoder']['definition']['name'] == 'hatemm' and config['encoder']['clips']['stills'] == 1
     assert "'hateful' follows the definition 'hatemm'" in (tmp_path/'run/bundle/MODEL_CARD.md').read_text()
@@ -156,13 +156,14 @@ print(best, flush=True)
 def test_a_killed_search_goes_on(tmp_path):
     "SIGKILL while a trial runs: its settings are tried again, and nothing that ended is."
     from hatemm_clip.search import trials_of
-    process = subprocess.Popen([sys.executable, '-c', SEARCH, str(tmp_path)], cwd=ROOT)
+    command = [sys.executable, '-c', SEARCH, tmp_path]
+    process = warm.Fork(command)
     journal = tmp_path/'study.journal'
-    while process.poll() is None and not (journal.exists() and journal.read_text().count('"value_type"') + journal.read_text().count('"values": [') >= 1): pass
+    while process.poll() is None and not (journal.exists() and journal.read_text().count('"value_type"') + journal.read_text().count('"values": [') >= 1): time.sleep(.02)
     process.kill()
     process.wait()
     before = journal.read_text()
-    done = subprocess.run([sys.executable, '-c', SEARCH, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr[-500:]
     rows = pd.read_csv(tmp_path/'search.csv')
     assert len(rows) == 4 and journal.read_text().startswith(before) and rows.trial.is_unique

@@ -11,12 +11,12 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LATER = [stage for stage in STAGES if '40_fusion' < stage < '70_memes']  # 30_finetune and 70_memes are beside: nothing here needs them
 
 
-def run_notebook(name, folder, run_dir, data_dir, **more):
+def run_notebook(name, run_dir, data_dir, **more):
     "Execute a notebook on a run."
     notebook = ROOT/'nbs'/f'{name}.ipynb'
     places = dict(run_dir=str(run_dir), data_dir=str(data_dir))
     parameters = {n: v for n, v in places.items() if n in stage_parameters(notebook)}
-    execute(notebook, ROOT/'nbs', folder/notebook.name, **parameters, **more)
+    execute(notebook, ROOT/'nbs', **parameters, **more)
 
 
 def test_fusion_runs_alone_in_a_fresh_clone(demo):
@@ -30,7 +30,7 @@ def test_first_stages(name, made, demo, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()/'first_stages'
     if not folder.exists(): small_corpus(demo, folder/'data', 24)
     more = dict(fps=.1) if name == '12_ocr' else {}  # a frame a clip
-    run_notebook(name, folder, folder/'run', folder/'data', **more)
+    run_notebook(name, folder/'run', folder/'data', **more)
     assert (folder/'run'/made).exists()
 
 
@@ -40,5 +40,5 @@ def run(demo, tmp_path_factory): return copy_run(demo, tmp_path_factory.mktemp('
 
 @pytest.mark.parametrize('name', LATER)
 def test_later_stages(name, run, demo):
-    run_notebook(name, run.folder.parent, run.folder, demo/'demo_data')
+    run_notebook(name, run.folder, demo/'demo_data')
     assert (run.folder/STAGES[name][0]).exists()

@@ -1,14 +1,26 @@
 "The notebooks that are no stages run top to bottom, each on a copy of the demo's run."
 import pytest
-from demo import copy_run
+from conftest import ROOT
+from demo import copy_run, execute
 from test_notebooks import NOTEBOOKS, run_notebook
 
 from hatemm_clip.pipeline import STAGES
 
-ELSEWHERE = ('98_own_videos',)  # test_own_videos runs it with its slow cells
+ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its slow cells, a test below the other
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
-SHORTER = {'45_topics': dict(seeds=2, epochs=8)}
+SHORTER = {'01_demo': dict(out_dir='corpus', videos=40), '45_topics': dict(seeds=2, epochs=8)}
 
 
 @pytest.mark.parametrize('name', BESIDE)
-def test_notebook(name, demo, tmp_path): run_notebook(name, tmp_path, copy_run(demo, tmp_path/'run').folder, demo/'demo_data', **SHORTER.get(name, {}))
+def test_notebook(name, demo, tmp_path):
+    shorter = {n: str(tmp_path/value) if n == 'out_dir' else value for n, value in SHORTER.get(name, {}).items()}
+    run_notebook(name, copy_run(demo, tmp_path/'run').folder, demo/'demo_data', **shorter)
+
+
+def test_index(demo, tmp_path):
+    "In a clone that has the demo's corpus, transcripts and features."
+    for name in ('nbs', 'runs'): (tmp_path/name).mkdir()
+    (tmp_path/'demo_data').symlink_to(demo/'demo_data')
+    (tmp_path/'tools').symlink_to(ROOT/'tools')
+    copy_run(demo, tmp_path/'runs/index', 'predictions.parquet')
+    execute(ROOT/'nbs/index.ipynb', tmp_path/'nbs')

@@ -2,13 +2,13 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pandas as pd
 import psutil
 import pytest
+import warm
 from conftest import ROOT
 
 STAGES = ['00_data', '10_asr', '20_embed', '40_fusion', '60_analysis']
@@ -17,7 +17,7 @@ HATEMM = [sys.executable, '-m', 'hatemm_clip']
 
 def kill_when(command, ready, limit=300):
     "Start a run and kill it as soon as `ready()`; its kernel, for a second, lives on, and the next run has to see to that."
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Fork(command, cwd=ROOT)
     began = time.time()
     while not ready():
         assert process.poll() is None and time.time() - began < limit, 'the run ended before it could be killed'
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     kill_when(command, lambda: journal.exists() and journal.stat().st_size > 2000)
     assert not (out/'transcripts.parquet').exists()
     kill_when(command, lambda: (making/'20_embed/features.lance').exists())
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = warm.run(command, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-500:]
     return folder, out, command, done.stdout
 
@@ -63,7 +63,7 @@ def test_all_outputs_are_there(run):
 
 def test_second_run_has_nothing_to_do(run):
     _, _, command, _ = run
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    again = warm.run(command, cwd=ROOT)
     assert again.returncode == 0 and again.stdout.count('up to date') == len(STAGES)
 
 
@@ -77,7 +77,7 @@ def changed_run(run, text):
 def test_ctrl_c_is_one_line_and_leaves_the_old_result(run):
     _, out, _, _ = run
     before = (out/'predictions.parquet').read_bytes()
-    process = subprocess.Popen(changed_run(run, '  epochs: 61\n'), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Fork(changed_run(run, '  epochs: 61\n'), cwd=ROOT)
     kernel = out/'.making/40_fusion/.kernel.json'
     while not kernel.exists(): time.sleep(.05)
     time.sleep(2)
@@ -91,9 +91,9 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_result(run):
 def test_a_failing_stage_throws_nothing_away(run):
     _, out, command, _ = run
     text = '10_asr: {model: no-such-model}\n'
-    done = subprocess.run(changed_run(run, text), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = warm.run(changed_run(run, text), cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'no-such-model' in done.stderr
-    plan = subprocess.run([*command, '--dry-run', '--json', '-'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = warm.run([*command, '--dry-run', '--json', '-'], cwd=ROOT)
     assert [row['stage'] for row in json.loads(plan.stdout) if row['stale']] == []
 
 

@@ -1,7 +1,6 @@
 "An index of moments, and a search that answers with files and seconds."
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -9,6 +8,7 @@ import lancedb
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from conftest import ROOT, SHARED
 from demo import copy_run, small_corpus
 from killing import kill_runs
@@ -136,7 +136,7 @@ def test_killed_while_indexing(demo, tmp_path):
 
 def test_two_writers_wait_for_each_other(demo, tmp_path):
     code = f"from hatemm_clip.retrieval import index_folder; index_folder({str(demo/'runs/notebook')!r}, {str(tmp_path/'ix')!r})"
-    both = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [warm.Fork([sys.executable, '-c', code], cwd=ROOT) for _ in range(2)]
     ends = [p.communicate() for p in both]
     assert any(p.returncode == 0 for p in both) and all(p.returncode == 0 or 'another' in e for p, (_, e) in zip(both, ends))
     words = lancedb.connect(str(tmp_path/'ix/moments')).open_table('words').to_pandas()
