@@ -48,12 +48,13 @@ def bagged_threshold(
 ) -> float: # mean over resamples of the cut with the best macro-F1
     "Threshold for macro-F1 that does not hang on a few clips."
     weights = resample_videos(np.arange(len(labels)) if groups is None else groups, n, seed)
-    tp, fp = ranking_counts(np.asarray(labels), np.asarray(probs), weights)
-    positive, negative = tp[:, -1:], fp[:, -1:]
-    f1 = 2 * tp / np.maximum(tp + fp + positive, 1e-12)
-    f1_of_0 = 2 * (negative - fp) / np.maximum(2 * negative - fp + positive - tp, 1e-12)
+    tp, fp = ranking_counts(np.asarray(labels), np.asarray(probs), weights)  # a column per cut, (n, K)
+    positive, negative = tp[:, -1:], fp[:, -1:]  # the last cut flags everything
+    fn, tn = positive - tp, negative - fp
+    f1 = 2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)
+    f1_of_0 = 2 * tn / np.maximum(2 * tn + fn + fp, 1e-12)
     scores = np.append(np.unique(probs)[::-1], 0.)
-    cuts = (scores[:-1] + scores[1:]) / 2
+    cuts = (scores[:-1] + scores[1:]) / 2  # midway between neighbouring scores
     usable = (positive * negative).ravel() > 0  # both labels were drawn
     return float(cuts[(f1 + f1_of_0)[usable].argmax(1)].mean())
 

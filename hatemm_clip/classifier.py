@@ -269,13 +269,13 @@ def explain(
     clip = sort_modalities(clip, [m for m in names if m != LEXICAL])
     whole = {m: mask[0] for m, mask in clip.masks.items()} | {LEXICAL: clip.texts[0] if LEXICAL in names else ''}
     subsets = [frozenset(s) for r in range(len(names) + 1) for s in itertools.combinations(names, r)]
-    some = [_reduced(whole, s) for s in subsets]
+    by_subset = [_reduced(whole, s) for s in subsets]
     tokens = _tokens_of(whole, windows if LEXICAL in names else None)
     without = [_without(whole, m, t, windows) for m, t in tokens]
-    probs = model.predict_proba(_with_masks(clip, some + without))
+    probs = model.predict_proba(_with_masks(clip, by_subset + without))
     values = dict(zip(subsets, probs[:, label].tolist()))
-    left, effects = _log_odds(probs, label), {m: np.full(len(whole[m]), np.nan) for m in clip.masks}
+    log_odds, effects = _log_odds(probs, label), {m: np.full(len(whole[m]), np.nan) for m in clip.masks}
     if windows and LEXICAL in names: effects.setdefault('text', np.full(len(windows), np.nan))
-    all_there = len(subsets) - 1  # the last subset is the whole clip
-    for i, (m, t) in enumerate(tokens): effects[m][t] = left[all_there] - left[len(subsets) + i]
+    at_whole = len(subsets) - 1  # the last subset is the whole clip
+    for i, (m, t) in enumerate(tokens): effects[m][t] = log_odds[at_whole] - log_odds[len(subsets) + i]
     return dict(prob=values[subsets[-1]], base=values[frozenset()], modalities=shapley_values(values), tokens=effects)

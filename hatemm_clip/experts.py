@@ -61,7 +61,7 @@ def _bayes(C): return _counts(count_bayes, C)
 class Kind(NamedTuple):
     "A kind of expert."
     make: Callable # a setting → an unfitted scikit-learn classifier
-    settings: tuple # one of them is chosen
+    settings: tuple # values of C, or of min_samples_leaf for trees; one is chosen
 
 
 KINDS = dict(line=Kind(_line, (1e-3, 3e-3, 1e-2)), kernel=Kind(_kernel, (1., 3., 10.)), trees=Kind(_trees, (2, 5)),
@@ -122,7 +122,7 @@ def inner_folds(
 
 # %% ../nbs/37_experts.ipynb #57601a04
 def _cross_scores(model, x, labels, folds): # gives (n, 1) or (n, C)
-    "Scores of each row by a model that was not trained on it."
+    "Out-of-fold scores: of each row, by a model that was not trained on it."
     models = [fit_words(clone(model), x[trained], labels[trained]) for trained, _ in folds]
     found = [decision_scores(m, x[asked]) for m, (_, asked) in zip(models, folds)]
     scores = np.zeros((len(labels), found[0].shape[1]))
@@ -140,7 +140,7 @@ class Fitted(NamedTuple):
     setting: float # the chosen one
     model: object # of scikit-learn, fitted on all rows
     scale: object # logistic regression from scores to probabilities
-    inner: np.ndarray # scores of each row by a model that was not trained on it, (n, 1) or (n, C)
+    inner: np.ndarray # out-of-fold scores, (n, 1) or (n, C)
 
 
 def fit_kind(
@@ -169,7 +169,7 @@ class Expert:
     setting: float # the chosen one
     model: object # of scikit-learn, fitted on all of the training part that has the modality
     scale: object # logistic regression from scores to probabilities
-    inner: np.ndarray # scores of the training part by models that were not trained on the row; NaN: absent
+    inner: np.ndarray # out-of-fold scores of the training part; NaN: absent
 
     def scores(self, features): # Features; gives (N, 1) or (N, C), NaN: absent
         x, there = expert_inputs(features, self.modality)
@@ -263,6 +263,7 @@ class CombinedClassifier(Calibrated):
         return model if val is None else model.calibrate(val)
 
     def take(self, experts, labels, n_classes): # fitted on a training part, and its labels, int (n,)
+        "Use experts that are fitted already; a cross-validation shares them between sets."
         self.experts_, self.calibration_, self.classes_ = experts, Calibration(), np.arange(n_classes)
         self.prior_ = np.bincount(labels, minlength=len(self.classes_))/len(labels)
         stacked = self.head == 'Stack'

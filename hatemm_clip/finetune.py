@@ -102,7 +102,7 @@ def features_for_fold(
     splits: pd.DataFrame, # SPLITS
     fold: int,
 ) -> Features: # with the parts of this fold alone
-    "Features for one fold; whether their encoder has seen its test part is `audit_checkpoint`'s to say."
+    "Features for one fold; that their encoder has not seen its test part is for `audit_checkpoint` to tell."
     table = pd.DataFrame(dict(clip_id=features.ids, video_id=features.video_ids))
     parts = np.asarray(part_of_clips(table, splits, fold), str)
     return replace(features, split=parts[None], provenance=dict(features.provenance, fold=int(fold)))
@@ -136,7 +136,7 @@ def _finetune_fold(data, splits, fold, folder, config, device, workers, log, tri
 
 # %% ../nbs/30_finetune.ipynb #be35e2dc
 def _print_summary(name, done, audited, seconds, cpu):
-    "What was made, and what it took; an encoder that was found finished has the seconds of its training."
+    "What was made, and what it took; for an encoder that was already finished, the seconds of its training then."
     total, counts = pd.DataFrame([d.summary() for d in done.values()]), next(iter(done.values())).data
     found = sum(d.found for d in done.values())
     print(f"{name}: {len(done)} encoder{'s'*(len(done) > 1)} ({found} found finished), {counts['clips']} clips "

@@ -135,7 +135,8 @@ def _choose_settings(folds, config, grid, seed):
 # %% ../nbs/40_fusion.ipynb #7fdbedb6
 def _prediction_rows(features, part, probs, calibration, keys): # probs: val and test -> (n, C)
     "Rows of `predictions` of the val and test parts; keys: run, fold and seed."
-    tables, normal = [], dict(train_condition='normal', test_condition='normal')
+    normal = dict(train_condition='normal', test_condition='normal')  # 50_robust has other conditions
+    tables = []
     chosen = dict(weight=1., threshold=calibration.threshold, temperature=calibration.temperature)
     first = dict(run=keys['run'], **normal, fold=keys['fold'], seed=keys['seed'])
     for p in ('val', 'test'):
@@ -305,6 +306,15 @@ def _combined_run(features, experts, head, modalities, plan): # experts: (modali
         tables += [_prediction_rows(features, part, probs, calibration, dict(run=run, fold=k, seed=s)) for s in numbers]
     return pd.concat(tables, ignore_index=True), pd.DataFrame()
 
+# %% ../nbs/40_fusion.ipynb #b5a82f62
+def _in_parallel(tasks, jobs, progress):
+    "Results of tasks, in their order."
+    found = Parallel(jobs, return_as='generator', max_nbytes=None)(tasks)
+    if progress: found = progress_bar(found, total=len(tasks), desc='crossval', unit='run')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'A worker stopped')  # joblib renews a process that has grown; nothing is lost
+        return list(found)
+
 # %% ../nbs/40_fusion.ipynb #70ca9369
 def _check_experts(features, modalities):
     vectors = sort_modalities(features, [m for m in modalities if m != LEXICAL])
@@ -324,6 +334,14 @@ def _combined_runs(features, runs, plan, jobs, progress): # runs: pairs (head, m
     found = _in_parallel([delayed(_fold_experts)(features, m, k, plan.seed) for m, k in keys], jobs, progress)
     experts = dict(zip(keys, found))
     return {run_name(h, s): _combined_run(features, experts, h, s, plan) for h, s in runs}
+
+# %% ../nbs/40_fusion.ipynb #632b6d2b
+def _network_runs(features, learners, runs, plan, jobs, progress): # runs: pairs (head, modalities)
+    "Name of a run → its predictions and learning curves, for heads that are trained or fitted one by one."
+    needed = {m for _, modalities in runs for m in modalities}
+    per_fold = _features_by_fold(features, {m: learn for m, learn in learners.items() if m in needed})
+    tasks = [delayed(_crossval_run)(features, per_fold, h, s, plan) for h, s in runs]
+    return dict(zip([run_name(*r) for r in runs], _in_parallel(tasks, jobs, progress)))
 
 # %% ../nbs/40_fusion.ipynb #e495d58a
 def crossval(
@@ -352,23 +370,6 @@ def crossval(
     predictions, history = (pd.concat([tables[run_name(*r)][i] for r in runs], ignore_index=True) for i in (0, 1))
     if leak: predictions = predictions.assign(leak=leak)
     return (predictions, history) if return_history else predictions
-
-# %% ../nbs/40_fusion.ipynb #b5a82f62
-def _in_parallel(tasks, jobs, progress):
-    "Results of tasks, in their order."
-    found = Parallel(jobs, return_as='generator', max_nbytes=None)(tasks)
-    if progress: found = progress_bar(found, total=len(tasks), desc='crossval', unit='run')
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'A worker stopped')  # joblib renews a process that has grown; nothing is lost
-        return list(found)
-
-# %% ../nbs/40_fusion.ipynb #632b6d2b
-def _network_runs(features, learners, runs, plan, jobs, progress): # runs: pairs (head, modalities)
-    "Name of a run → its predictions and learning curves, for heads that are trained or fitted one by one."
-    needed = {m for _, modalities in runs for m in modalities}
-    per_fold = _features_by_fold(features, {m: learn for m, learn in learners.items() if m in needed})
-    tasks = [delayed(_crossval_run)(features, per_fold, h, s, plan) for h, s in runs]
-    return dict(zip([run_name(*r) for r in runs], _in_parallel(tasks, jobs, progress)))
 
 # %% ../nbs/40_fusion.ipynb #6cf8ca96
 def _groups_of(features, splits):
@@ -547,7 +548,7 @@ def fit_bundle(
     seed: int = 0, # of everything random
     **params, # of FusionClassifier
 ) -> FusionClassifier: # fitted and calibrated
-    "Train on all clips but an inner validation part, and write the bundle."
+    "Train on all clips but the first fold's validation part, and write the bundle."
     _check_splittable(features)
     dealt = features.split if features.split is not None else deal_folds(features.labels, features.groups, 5, seed)
     val = dealt[0] == 'val'

@@ -377,13 +377,13 @@ class KNNHead(Head):
         return sum(s * (u @ memory.T) for s, u, memory in zip(shares, units, memories))
 
     def fuse(self, tokens, mask):
-        cosines, unfit = self.cosines(tokens, mask), self.votes.sum(1) == 0
-        if self.training: unfit = unfit | (cosines.detach() > 1 - 1e-5)
+        cosines, barred = self.cosines(tokens, mask), self.votes.sum(1) == 0
+        if self.training: barred = barred | (cosines.detach() > 1 - 1e-5)
         many = min(_NEIGHBOURS, len(self.votes))
-        nearest, rows = cosines.masked_fill(unfit, -2.).topk(many, dim=1)
+        nearest, rows = cosines.masked_fill(barred, -2.).topk(many, dim=1)
         weights = (self.sharpness.exp() * nearest).softmax(1)
         share = torch.einsum('bk,bkc->bc', weights, self.votes[rows])
-        return self.scale * (share + .5 / _NEIGHBOURS).log() + self.bias
+        return self.scale * (share + .5 / _NEIGHBOURS).log() + self.bias  # half a vote more for each class, so no log of 0
 
 # %% ../nbs/34_heads.ipynb #41fc06c1
 HEADS = dict(

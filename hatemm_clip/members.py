@@ -207,15 +207,15 @@ def _mix(data, buffers, fold, rows, second, share, most=None):
     return x, {m: ma[m] | mb[m] for m in xa}
 
 # %% ../nbs/36_members.ipynb #585b1475
-_TOKENS = (16, 64, 256, 1024)  # clips that need no more than this are computed together
+_CHUNK_LENGTHS = (16, 64, 256, 1024)  # clips that need no more than this are computed together
 
 
-def _parts_of(lengths): # int (M, B)
-    "Parts of a batch: pairs (places in it (M, n), tokens); None: all."
+def _length_chunks(lengths): # int (M, B)
+    "Chunks of a batch: pairs (places in it (M, n), tokens); None: all."
     order = lengths.argsort(dim=1, stable=True)
-    edges = torch.tensor(_TOKENS, device=lengths.device)
+    edges = torch.tensor(_CHUNK_LENGTHS, device=lengths.device)
     level = torch.bucketize(lengths.gather(1, order).amax(0), edges)
-    limits = [*_TOKENS, None]
+    limits = [*_CHUNK_LENGTHS, None]
     found, counts = level.unique_consecutive(return_counts=True)
     if len(found) == 1: return [(None, limits[found[0]])]
     return list(zip(order.split(counts.tolist(), dim=1), [limits[k] for k in found]))
@@ -262,7 +262,7 @@ class _Training:
         return kept
 
 # %% ../nbs/36_members.ipynb #ea73ebd9
-def _take(array, places): # (M, B, ...); int (M, n), None: all
+def _take_places(array, places): # (M, B, ...); int (M, n), None: all
     if places is None: return array
     return array.take_along_dim(places.reshape(*places.shape, *[1]*(array.ndim - 2)), dim=1)
 
@@ -276,7 +276,7 @@ class _Drawn:
     share: Tensor | None = None # of the first rows, (M,)
 
     def take(self, places): # int (M, n); None: all
-        pick = lambda a: None if a is None else _take(a, places)
+        pick = lambda a: None if a is None else _take_places(a, places)
         return _Drawn(pick(self.rows), pick(self.real), pick(self.second), self.share)
 
     def lengths_in(self, data): # gives the tokens that each clip, or pair, needs: (M, B)
@@ -288,17 +288,18 @@ def _epoch(number, training, task):
     "What all members draw, step by step."
     tensor = lambda arrays: torch.as_tensor(np.stack(arrays), device=task.device)
     members, alpha = training.members, task.settings.mixup
-    rngs = [np.random.default_rng((m.seed, number - training.goes_on)) for m in members]
+    numbered = number - training.goes_on  # from 0 where trained networks go on
+    rngs = [np.random.default_rng((m.seed, numbered)) for m in members]
     drawn = [_batches(m, rng, training.steps, task.batch_size) for m, rng in zip(members, rngs)]
     rows, real = map(tensor, zip(*drawn))
-    if training.goes_on: real = torch.ones_like(real)
+    if training.goes_on: real = torch.ones_like(real)  # there, rows that fill the last batch count
     if alpha: second, share = map(tensor, zip(*(_partners(rng, *d, alpha) for rng, d in zip(rngs, drawn))))
     for s in range(training.steps):
         mixed = (second[:, s], share[:, s]) if alpha else ()
         yield _Drawn(rows[:, s], real[:, s], *mixed)
 
 # %% ../nbs/36_members.ipynb #c6d5bdd1
-def _tokens(training, task, drawn, most=None):
+def _gather_tokens(training, task, drawn, most=None):
     "Tokens and masks of what was drawn."
     if drawn.second is None: return task.data(training.fold, drawn.rows, most)
     return _mix(task.data, training.buffers, training.fold, drawn.rows, drawn.second, drawn.share, most)
@@ -320,25 +321,26 @@ def _logits(head, row, buffers, x, mask):
 
 # %% ../nbs/36_members.ipynb #71ae1c3a
 def _cross_entropy(logits, targets, weight, total): # total: weight of the whole batch
-    "A part's share of the weighted mean over a batch."
+    "A chunk's share of the weighted mean over its batch."
     losses = -(targets * F.log_softmax(logits, dim=1)).sum(1)
     return (losses * weight).sum() / total.clamp(min=1e-8)
 
 # %% ../nbs/36_members.ipynb #d9bbbc5e
 def _gradient(head):
-    "Function from parameters, buffers and a part of a batch of all members to their gradients (M, P)."
+    "Function from parameters, buffers and a chunk of a batch, of all members, to their gradients (M, P)."
     def loss(row, buffers, x, mask, targets, weight, total):
         return _cross_entropy(_logits(head, row, buffers, x, mask), targets, weight, total)
     return vmap(grad(loss), randomness='different')
 
 # %% ../nbs/36_members.ipynb #f131e534
-def _step_of(gradient, training, task, drawn):
-    "Gradients of a batch, summed over its parts, and which members had a row in it."
+def _batch_gradients(gradient, training, task, drawn):
+    "Gradients of a batch, summed over its chunks, and which members had a row in it."
     (targets, weight), grads = _targets(training, task, drawn), None
     total = weight.sum(1)
-    for places, most in _parts_of(drawn.lengths_in(task.data)):
-        batch = *_tokens(training, task, drawn.take(places), most), _take(targets, places), _take(weight, places)
-        found = gradient(training.params, training.buffers, *batch, total)
+    for places, most in _length_chunks(drawn.lengths_in(task.data)):
+        tokens = _gather_tokens(training, task, drawn.take(places), most)
+        wanted = _take_places(targets, places), _take_places(weight, places)
+        found = gradient(training.params, training.buffers, *tokens, *wanted, total)
         grads = found if grads is None else grads + found
     return grads, (total > 0).tolist()
 
@@ -346,8 +348,8 @@ def _step_of(gradient, training, task, drawn):
 def _score(head, networks, data, fold, rows): # networks: with `params` and `buffers`
     "Logits (M, n, C) of each member on its own rows (M, n)."
     score, parts, places = vmap(lambda *a: _logits(head, *a)), [], []
-    for at, most in _parts_of(data.lengths[rows]):
-        parts.append(score(networks.params, networks.buffers, *data(fold, _take(rows, at), most)))
+    for at, most in _length_chunks(data.lengths[rows]):
+        parts.append(score(networks.params, networks.buffers, *data(fold, _take_places(rows, at), most)))
         places.append(at)
     if places[0] is None: return parts[0]
     back = torch.cat(places, dim=1).argsort(dim=1)[..., None]
@@ -387,13 +389,13 @@ class _Best:
         self.params[at], self.loss[at], self.epoch[at] = training.params[better], loss[better], epoch
 
 # %% ../nbs/36_members.ipynb #b9851abe
-def _fit(head, training, task):
+def _train_epochs(head, training, task):
     "Train until no member gets better."
     settings, gradient = task.settings, _gradient(head)
     best = _Best(training.params, settings.epochs)
     for epoch in range(1, settings.epochs + 1):
         head.train()
-        for drawn in _epoch(epoch, training, task): training.step(*_step_of(gradient, training, task, drawn))
+        for drawn in _epoch(epoch, training, task): training.step(*_batch_gradients(gradient, training, task, drawn))
         best.update(training, epoch, *_validate(head, training, task))
         going = np.flatnonzero(epoch - best.epoch[training.index] < settings.patience)
         if not len(going): break
@@ -401,7 +403,7 @@ def _fit(head, training, task):
     return best
 
 # %% ../nbs/36_members.ipynb #905cff38
-def _train(task, members, labels, start):
+def _train_block(task, members, labels, start):
     "One block of members, trained from new heads or from `start`."
     classes, places = task.onehot.shape[1], np.arange(len(members))
     balance = np.stack([_class_weights(task.settings, labels, m, classes) for m in members])
@@ -412,7 +414,7 @@ def _train(task, members, labels, start):
         torch.manual_seed(task.settings.seed)
         weights = torch.as_tensor(balance, device=task.device)
         training = _Training(members, places, start.params.clone(), start.buffers, weights, steps, goes_on)
-        best = _fit(start.head, training, task)
+        best = _train_epochs(start.head, training, task)
     epochs = start.epoch + best.epoch
     return Members(start.head.eval(), best.params, start.buffers, epochs, best.loss, best.history)
 
@@ -444,7 +446,7 @@ def train_members(
     for first in range(0, len(members), _MOST_MEMBERS):
         block = np.arange(first, min(first + _MOST_MEMBERS, len(members)))
         begun = None if start is None else take_members(start, block)
-        parts.append(_train(task, [members[i] for i in block], labels, begun))
+        parts.append(_train_block(task, [members[i] for i in block], labels, begun))
     return _join_members(parts)
 
 # %% ../nbs/36_members.ipynb #10e4d716

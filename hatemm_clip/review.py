@@ -78,7 +78,7 @@ class Review:
         return found
 
 # %% ../nbs/39_review.ipynb #ff4dfc96
-SHARE, QUANTILE, KEPT = .2, .99, 2000  # of validation clips: near, not far; training clips that are kept
+SHARE, QUANTILE, KEPT = .2, .99, 2000  # share of validation clips that is near the threshold; quantile of distance that is the limit; most training clips kept
 
 
 def _far_from(train, val):

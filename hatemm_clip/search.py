@@ -71,14 +71,15 @@ def trials_of(
     rows = []
     for t in study.get_trials(deepcopy=False):
         if t.state.name not in ('COMPLETE', 'PRUNED'): continue
-        seen = list(t.intermediate_values.values())
-        rows.append(dict(trial=t.number, state=t.state.name.lower(), val_loss=min(seen), epochs=len(seen), **t.params))
+        seen = t.intermediate_values  # epoch → loss; a resumed trial has only the epochs after the kill
+        loss = t.value if t.state.name == 'COMPLETE' else min(seen.values())
+        rows.append(dict(trial=t.number, state=t.state.name.lower(), val_loss=loss, epochs=max(seen, default=0), **t.params))
     return pd.DataFrame(rows)
 
 # %% ../nbs/29_search.ipynb #3b6424d9
 @dataclass(frozen=True)
 class Search:
-    "Where a search is at home."
+    "Where a search is kept, and how many trials it takes."
     folder: Path # gets study.journal, and a folder a trial
     trials: int # that are to be finished or pruned
     device: str = 'auto'
@@ -105,6 +106,16 @@ def _try(trial, config, data, parts, search):
         raise
     return float(found.history.val_loss.min())
 
+# %% ../nbs/29_search.ipynb #3f7fabf5
+def _keep_best(study, base, width, search):
+    "Remove the checkpoints of finished trials but those of the best."
+    optuna = _optuna()
+    config = lambda params: suggest_config(optuna.trial.FixedTrial(params), base, width)
+    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == 'COMPLETE']
+    places = {search.place(config(t.params)) for t in done}
+    if not done: return
+    for place in places - {search.place(config(study.best_params))}: shutil.rmtree(place, ignore_errors=True)
+
 # %% ../nbs/29_search.ipynb #7b013756
 def search_config(
     data: ClipData,
@@ -123,16 +134,6 @@ def search_config(
             _keep_best(study, base, width, search)
     write_text(Path(search.folder)/'search.csv', trials_of(study).to_csv(index=False))
     return suggest_config(_optuna().trial.FixedTrial(study.best_params), base, width), study
-
-# %% ../nbs/29_search.ipynb #3f7fabf5
-def _keep_best(study, base, width, search):
-    "Remove the checkpoints of finished trials but those of the best."
-    optuna = _optuna()
-    config = lambda params: suggest_config(optuna.trial.FixedTrial(params), base, width)
-    done = [t for t in study.get_trials(deepcopy=False) if t.state.name == 'COMPLETE']
-    places = {search.place(config(t.params)) for t in done}
-    if not done: return
-    for place in places - {search.place(config(study.best_params))}: shutil.rmtree(place, ignore_errors=True)
 
 # %% ../nbs/29_search.ipynb #ac3316b1
 def plot_search(

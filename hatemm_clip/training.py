@@ -194,8 +194,8 @@ def _step(session, batches):
     s, loss, shown = session, 0., set()
     for i in range(s.config.accumulate):
         batch, last = next(batches), i == s.config.accumulate - 1
-        alone = contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped)
-        with alone: loss = loss + _backward(s, batch)
+        local = contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped)  # processes exchange gradients once
+        with local: loss = loss + _backward(s, batch)
         shown |= {m for m in s.towers if m not in s.reached and (batch[f'has_{m}'] & (batch['weight'] > 0)).any()}
     check_gradients(s.model, shown)
     s.reached |= shown
@@ -208,7 +208,7 @@ def _step(session, batches):
 
 # %% ../nbs/28_training.ipynb #7c8a4551
 def _start_epoch(session, epoch):
-    "Seed what is random in an epoch; let what drops out do so."
+    "Seed an epoch, and switch dropout on."
     s = session
     seeds = np.random.SeedSequence([s.config.seed, epoch, s.accelerator.process_index])
     torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -320,7 +320,8 @@ def _key(data, rows, config, encoder):
     pixels = at(data.hashes) or hashlib.sha256(np.ascontiguousarray(data.frames[every])).hexdigest()
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     return dict(
-        settings, keywords=list(config.keywords), base_sha256=encoder.weights_sha256[:16],
+        settings, keywords=list(config.keywords),  # a tuple comes back from JSON as a list
+        base_sha256=encoder.weights_sha256[:16],
         clips=_digest(at(data.ids), at(data.labels), len(rows[0])),
         frames=_digest(pixels, at(data.times), at(data.counts), data.frames.shape[1:], encoder.preprocess),
         texts=_digest([data.windows[r] for r in every]))
@@ -370,10 +371,10 @@ def load_state(
     _same_key(path.parent, meta['key'], key)
     own = dict(session.model.named_parameters()) | dict(session.model.named_buffers())
     with torch.no_grad():
-        for name, t in tensors.items():
-            kind, name, *k = name.split('/')
+        for key_name, t in tensors.items():
+            kind, name, *field = key_name.split('/')  # model/NAME or optimizer/NAME/FIELD
             if kind == 'model': own[name].copy_(t)
-            else: session.optimizer.state[own[name]][k[0]] = t.cpu() if k[0] == 'step' else t
+            else: session.optimizer.state[own[name]][field[0]] = t.cpu() if field[0] == 'step' else t
     if meta['scaler']: session.scaler.load_state_dict(meta['scaler'])
     return meta['epoch'], meta['history']
 

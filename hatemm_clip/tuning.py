@@ -30,9 +30,9 @@ from .encoders import Encoder, PRECISIONS, preprocess_frames, text_windows
 
 # %% ../nbs/26_tuning.ipynb #45618c67
 MODES = ('head', 'projection', 'lora', 'full')
-LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks for 128 features; for D features, of the narrower tower, 128/D of that
+LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks where the narrower tower has D = 128; else 128/D times as much
 AUGMENTATIONS = ('crop', 'flip', 'color', 'rotate')
-OPTIMIZERS = dict(adamw=1., adam=1., sgd=30.)  # name → its usual learning rate, in those of AdamW: it does not divide by the gradient's size
+OPTIMIZERS = dict(adamw=1., adam=1., sgd=30.)  # name → its usual rate over AdamW's; SGD does not divide by the gradient's size
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FinetuneConfig:
     mode: str = 'lora' # a name in MODES
     encoder: str = 'hatemm-tiny' # an architecture of open_clip, or two towers, such as lite0+minilm
     pretrained: str = 'demo' # its weights; '' for random ones
-    num_frames: int = 4 # frames drawn from a clip in a step, T
+    num_frames: int = 4 # frames drawn from a clip's decoded ones in a step
     num_windows: int = 4 # windows drawn from its transcript in a step
     batch_size: int = 16 # clips per step
     accumulate: int = 1 # micro-batches that a step is computed in
@@ -50,7 +50,7 @@ class FinetuneConfig:
     optimizer: str = 'adamw' # a name in OPTIMIZERS
     lr: float = 0. # of the encoder, at its peak; 0: that of LR, for its width and the optimizer
     head_lr: float = 0. # of the head, at its peak; 0: 1e-3, and for sgd 30 times that
-    weight_decay: float = .05 # for matrices
+    weight_decay: float = .05 # of the encoder's matrices and of the head
     warmup: float = .1 # share of the steps
     clip_norm: float = 1. # largest norm of a gradient
     class_weight: str = 'balanced' # balanced, or '' for none
@@ -65,7 +65,7 @@ class FinetuneConfig:
     mask_rate: float = 0. # share of the keywords that are masked
     keywords: tuple = () # words that may be masked; none: all words
     precision: str = 'auto' # a name in PRECISIONS
-    checkpointing: bool = False # compute activations twice
+    checkpointing: bool = False # compute activations again in the backward pass, to store fewer
     keep: int = 3 # checkpoints, the best by validation loss
     seed: int = 0 # of everything random
 
@@ -241,7 +241,7 @@ def make_clip_data(
     "Make clips whose label shows in their colour."
     rng, labels = np.random.default_rng(seed), np.arange(n) % 2
     frames = rng.integers(0, 120, (n, 3, 3, size, size), np.uint8)
-    frames[np.arange(n), :, labels] += 30
+    frames[np.arange(n), :, labels] += 30  # label 0: more red, 1: more green
     labels[[5, 17]] ^= 1
     said = ['the soup is ready', 'we baked an apple cake', 'bread costs less today']
     windows = [[said[i] for i in rng.integers(0, 3, 2)] for _ in range(n)]
@@ -278,6 +278,14 @@ def _cached_frames(clips, encoder, folder, num_frames, workers):
     if not file.with_suffix('.json').exists(): _decode_into(file, clips, encoder, num_frames, workers)
     return np.load(file, mmap_mode='r'), json.loads(file.with_suffix('.json').read_text(encoding='utf-8'))
 
+# %% ../nbs/26_tuning.ipynb #0525282e
+def _windows_of(clips, transcripts, encoder, overlap):
+    "Texts of each clip, cut as the text tower takes them; a clip without a transcript has none."
+    segments = dict(zip(transcripts.clip_id, transcripts.segments))
+    cut = [text_windows(list(segments.get(c, [])), encoder.tokenizer, encoder.context_length, overlap)
+           for c in clips.clip_id]
+    return [[window['text'] for window in windows] for windows in cut]
+
 # %% ../nbs/26_tuning.ipynb #6b460aa3
 def read_clip_data(
     run_dir: str | Path, # holds clips.parquet and transcripts.parquet; gets finetune/frames-….npy
@@ -300,14 +308,6 @@ def read_clip_data(
         windows=_windows_of(clips, transcripts, encoder, overlap),
         label_names=[names.get(i, str(i)) for i in range(max(names) + 1)],
         hashes=clips.sha256.values.astype(str), times=clips[['start', 'end']].values)
-
-# %% ../nbs/26_tuning.ipynb #0525282e
-def _windows_of(clips, transcripts, encoder, overlap):
-    "Texts of each clip, cut as the text tower takes them; a clip without a transcript has none."
-    segments = dict(zip(transcripts.clip_id, transcripts.segments))
-    cut = [text_windows(list(segments.get(c, [])), encoder.tokenizer, encoder.context_length, overlap)
-           for c in clips.clip_id]
-    return [[window['text'] for window in windows] for windows in cut]
 
 # %% ../nbs/26_tuning.ipynb #95f585c9
 def augment_frames(
@@ -367,7 +367,7 @@ def _draw_clip(data, row, config, epoch):
 
 # %% ../nbs/26_tuning.ipynb #2e9cea1c
 def _stack(items, empty):
-    "All clips' rows in one stack, the clip of each and its weight in the mean; where there are none, one of weight 0."
+    "Items of all clips in one stack, the clip of each, and its weight in that clip's mean; no items: a stand-in of weight 0."
     lengths = [len(x) for x in items]
     if not sum(lengths): return empty, torch.zeros(1, dtype=torch.long), torch.zeros(1)
     rows = torch.cat([torch.as_tensor(x) for x in items if len(x)])
@@ -470,7 +470,7 @@ def clip_batch_loss(
     if not contrastive or both.sum() < 2: return loss
     from open_clip.loss import ClipLoss
     pairs = ClipLoss()(pooled['image'][both], pooled['text'][both], logit_scale)
-    return loss + contrastive*batch['weight'].sum()*pairs
+    return loss + contrastive*batch['weight'].sum()*pairs  # a step's weights sum to 1: this is the micro-batch's share
 
 # %% ../nbs/26_tuning.ipynb #13a4e380
 def _cut(rows, weights, parts):
@@ -522,8 +522,8 @@ def _optimizer(config, groups):
 def make_optimizer(
     model: ClipClassifier, # after `set_trainable`
     config: FinetuneConfig, # optimizer, lr, head_lr, weight_decay, mode
-) -> torch.optim.Optimizer: # groups `encoder`, `encoder, no decay` and `head`, with their `peak`
-    "An optimizer over what trains; vectors do not decay."
+) -> torch.optim.Optimizer: # groups: matrices of the encoder, its vectors (no decay), the head; each with its `peak` rate
+    "An optimizer over what trains; vectors of the encoder do not decay."
     encoder = [p for p in model.clip.parameters() if p.requires_grad]
     matrices, vectors = [p for p in encoder if p.ndim > 1], [p for p in encoder if p.ndim < 2]
     usual = usual_rates(config, min(map(len, model.head.absent.values())))
