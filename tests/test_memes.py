@@ -124,7 +124,7 @@ def test_a_batch_of_memes_ends_in_a_bundle_that_reads_pictures(tmp_path):
     for old, new in {'demo_data_memes': str(tmp_path/'data'), 'trials: 12': 'trials: 2', 'epochs: 8': 'epochs: 1', 'seeds: 5': 'seeds: 1',
                      'mode: lora': 'mode: projection', 'finetuned: lora': 'finetuned: projection',
                      'head: BinaryClassifier,LateFusion,GatedFusion,CrossModalFusion,Average,Stack': 'head: MeanLinear',
-                     '70_memes:\n': '70_memes:\n  demo_memes: 100\n'}.items():
+                     '70_memes:\n': '70_memes:\n  demo_memes: 60\n  folds: 3\n'}.items():
         assert old in params
         params = params.replace(old, new)
     write_text(tmp_path/'memes.yml', params)

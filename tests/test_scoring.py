@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(bundle, films, tmp_path):
     for n, end in enumerate([signal.SIGINT, signal.SIGKILL]):
         folder, out = tmp_path/f'many{n}', tmp_path/f'scores{n}.jsonl'
         folder.mkdir()
-        for i in range(24): sounding(folder/f'{i:02}.mp4', seconds=6., first=4*i)
+        for i in range(60): sounding(folder/f'{i:02}.mp4', seconds=6., first=4*i)
         run, journal = score(bundle, folder, '--out', out, '--device', 'cpu'), Path(f'{out}.journal')
         for _ in range(1200):
             if journal.exists() and journal.stat().st_size: break
@@ -139,11 +139,11 @@ def test_a_killed_run_goes_on(bundle, films, tmp_path):
         told = run.communicate(timeout=60)[1].strip().splitlines()
         if end == signal.SIGINT: assert run.returncode == 130 and len(told) == 1 and told[0].startswith('stopped: '), told
         before = read_scores(out) if out.exists() else [json.loads(line) for line in journal.read_text().splitlines()]
-        assert 0 < len(before) < 24
+        assert 0 < len(before) < 60
         again = score(bundle, folder, '--out', out, '--device', 'cpu')
-        assert '24 scored' in again.communicate(timeout=120)[0] and again.returncode == 0
+        assert '60 scored' in again.communicate(timeout=120)[0] and again.returncode == 0
         after = {r['file']: r for r in read_scores(out)}
-        assert len(after) == 24 and not journal.exists() and all(after[r['file']] == r for r in before)
+        assert len(after) == 60 and not journal.exists() and all(after[r['file']] == r for r in before)
 
 
 def test_names_from_standard_input_and_a_missing_one(bundle, films, tmp_path):
