@@ -1,9 +1,10 @@
 """Python processes that fork from one in which the libraries are imported already.
 
 A test session starts some three hundred kernels and commands, and each would spend five seconds on the same imports. A fork is as fresh otherwise: it
-has its own memory, folder, environment and arguments, and runs its module, its file or its code from the top.
+has its own memory, folder, environment and arguments, and runs its module or its code from the top.
 """
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -17,26 +18,20 @@ import time
 import traceback
 import unittest.mock
 
-LIBRARIES = ['torch', 'torch._dynamo', 'torchvision', 'pandas', 'sklearn.linear_model', 'sklearn.ensemble', 'matplotlib.pyplot', 'seaborn', 'scipy.stats', 'pyarrow.parquet',
-             'IPython', 'ipykernel.kernelapp', 'transformers', 'transformers.models.auto', 'open_clip', 'whisper', 'faster_whisper', 'av', 'lancedb', 'papermill']
+LIBRARIES = ['torch', 'torch._dynamo', 'torchvision', 'pandas', 'sklearn.linear_model', 'sklearn.ensemble', 'scipy.stats', 'matplotlib.pyplot', 'seaborn',
+             'pyarrow.parquet', 'lancedb', 'av', 'transformers', 'transformers.models.auto', 'open_clip', 'whisper', 'faster_whisper',
+             'IPython', 'ipykernel.kernelapp', 'papermill']
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(LIBRARIES)
 FOUND_BY = os.environ.get('PYTHONPATH')  # what the server finds modules by
 
 
-def _run(what, *args):
-    "Run `-m MODULE`, `-c CODE` or FILE with arguments, as `python` does; gives the exit status."
+def _run(flag, what, *args):
+    "Run `-m MODULE` or `-c CODE` with arguments, as `python` does; gives the exit status."
     try:
-        if what == '-m':
-            sys.argv = list(args)
-            runpy.run_module(args[0], run_name='__main__', alter_sys=True)
-        elif what == '-c':
-            sys.argv = ['-c', *args[1:]]
-            exec(compile(args[0], '<string>', 'exec'), dict(__name__='__main__'))
-        else:
-            sys.argv = [what, *args]
-            sys.path[0] = os.path.dirname(what)
-            runpy.run_path(what, run_name='__main__')
+        sys.argv = ['-c', *args]
+        if flag == '-c': exec(compile(what, '<string>', 'exec'), dict(__name__='__main__'))
+        else: runpy.run_module(what, run_name='__main__', alter_sys=True)
     except SystemExit as e:
         if isinstance(e.code, str): print(e.code, file=sys.stderr)
         return e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -82,7 +77,8 @@ class Fork:
         self._process = CONTEXT.Process(target=_become, args=(self.args[1:], str(cwd or '.'), dict(env or os.environ), *files))
         self._process.start()
         self.pid = self._process.pid
-        while self.poll() is None and os.getpgid(self.pid) != self.pid: time.sleep(.001)  # until then a signal to its group would be one to ours
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            while self.poll() is None and os.getpgid(self.pid) != self.pid: time.sleep(.001)  # until then a signal to its group would be one to ours
 
     def poll(self): return self._process.exitcode
 
