@@ -16,7 +16,7 @@ def run_notebook(name, run_dir, data_dir, **more):
     notebook = ROOT/'nbs'/f'{name}.ipynb'
     places = dict(run_dir=str(run_dir), data_dir=str(data_dir))
     parameters = {n: v for n, v in places.items() if n in stage_parameters(notebook)}
-    execute(notebook, ROOT/'nbs', **parameters, **more)
+    execute(notebook, ROOT/'nbs', **(parameters | more))
 
 
 def test_fusion_runs_alone_in_a_fresh_clone(demo):

@@ -44,6 +44,7 @@ def _run(flag, what, *args):
 def _become(command, cwd, env, out, err):
     "In the fork: what `python …` is in a shell."
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as they do anywhere
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background has it ignored
     for path, fd in ((out, 1), (err, 2)):
         if path: os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), fd)
