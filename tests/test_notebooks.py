@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 LATER = [stage for stage in STAGES if '40_fusion' < stage < '70_memes']  # 30_finetune and 70_memes are beside: nothing here needs them
 
 
-def run_notebook(name, run_dir, data_dir, **more):
+def run_notebook(name, run_dir, data_dir, /, **more):
     "Execute a notebook on a run."
     notebook = ROOT/'nbs'/f'{name}.ipynb'
     places = dict(run_dir=str(run_dir), data_dir=str(data_dir))
