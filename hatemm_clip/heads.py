@@ -383,7 +383,7 @@ class KNNHead(Head):
         nearest, rows = cosines.masked_fill(barred, -2.).topk(many, dim=1)
         weights = (self.sharpness.exp() * nearest).softmax(1)
         share = torch.einsum('bk,bkc->bc', weights, self.votes[rows])
-        return self.scale * (share + .5 / _NEIGHBOURS).log() + self.bias  # half a vote more for each class, so no log of 0
+        return self.scale * (share + .5 / _NEIGHBOURS).log() + self.bias  # half a vote more a class: no log of 0
 
 # %% ../nbs/34_heads.ipynb #41fc06c1
 HEADS = dict(

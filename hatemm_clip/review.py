@@ -78,7 +78,9 @@ class Review:
         return found
 
 # %% ../nbs/39_review.ipynb #ff4dfc96
-SHARE, QUANTILE, KEPT = .2, .99, 2000  # share of validation clips that is near the threshold; quantile of distance that is the limit; most training clips kept
+SHARE = .2  # of validation clips that are near the threshold
+QUANTILE = .99  # of the distances of validation clips: what is farther is far
+KEPT = 2000  # training clips, at most
 
 
 def _far_from(train, val):

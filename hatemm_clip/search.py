@@ -73,7 +73,8 @@ def trials_of(
         if t.state.name not in ('COMPLETE', 'PRUNED'): continue
         seen = t.intermediate_values  # epoch → loss; a resumed trial has only the epochs after the kill
         loss = t.value if t.state.name == 'COMPLETE' else min(seen.values())
-        rows.append(dict(trial=t.number, state=t.state.name.lower(), val_loss=loss, epochs=max(seen, default=0), **t.params))
+        found = dict(trial=t.number, state=t.state.name.lower(), val_loss=loss, epochs=max(seen, default=0))
+        rows.append(found | t.params)
     return pd.DataFrame(rows)
 
 # %% ../nbs/29_search.ipynb #3b6424d9

@@ -194,7 +194,7 @@ def _step(session, batches):
     s, loss, shown = session, 0., set()
     for i in range(s.config.accumulate):
         batch, last = next(batches), i == s.config.accumulate - 1
-        local = contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped)  # processes exchange gradients once
+        local = contextlib.nullcontext() if last else s.accelerator.no_sync(s.wrapped)  # gradients are exchanged once
         with local: loss = loss + _backward(s, batch)
         shown |= {m for m in s.towers if m not in s.reached and (batch[f'has_{m}'] & (batch['weight'] > 0)).any()}
     check_gradients(s.model, shown)

@@ -30,9 +30,9 @@ from .encoders import Encoder, PRECISIONS, preprocess_frames, text_windows
 
 # %% ../nbs/26_tuning.ipynb #45618c67
 MODES = ('head', 'projection', 'lora', 'full')
-LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks where the narrower tower has D = 128; else 128/D times as much
+LR = dict(head=0., projection=3e-3, lora=1e-3, full=1e-4)  # peaks at D = 128 of the narrower tower; else 128/D of that
 AUGMENTATIONS = ('crop', 'flip', 'color', 'rotate')
-OPTIMIZERS = dict(adamw=1., adam=1., sgd=30.)  # name → its usual rate over AdamW's; SGD does not divide by the gradient's size
+OPTIMIZERS = dict(adamw=1., adam=1., sgd=30.)  # name → its usual rate over AdamW's
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _draw_clip(data, row, config, epoch):
 
 # %% ../nbs/26_tuning.ipynb #2e9cea1c
 def _stack(items, empty):
-    "Items of all clips in one stack, the clip of each, and its weight in that clip's mean; no items: a stand-in of weight 0."
+    "Items of all clips, the clip of each, and its weight in that clip's mean; no items: a stand-in of weight 0."
     lengths = [len(x) for x in items]
     if not sum(lengths): return empty, torch.zeros(1, dtype=torch.long), torch.zeros(1)
     rows = torch.cat([torch.as_tensor(x) for x in items if len(x)])
@@ -522,7 +522,7 @@ def _optimizer(config, groups):
 def make_optimizer(
     model: ClipClassifier, # after `set_trainable`
     config: FinetuneConfig, # optimizer, lr, head_lr, weight_decay, mode
-) -> torch.optim.Optimizer: # groups: matrices of the encoder, its vectors (no decay), the head; each with its `peak` rate
+) -> torch.optim.Optimizer: # groups: the encoder's matrices, its vectors, the head; each with its `peak` rate
     "An optimizer over what trains; vectors of the encoder do not decay."
     encoder = [p for p in model.clip.parameters() if p.requires_grad]
     matrices, vectors = [p for p in encoder if p.ndim > 1], [p for p in encoder if p.ndim < 2]

@@ -7,17 +7,16 @@ import pandas as pd
 import pytest
 from demo import copy_run
 
-from hatemm_clip.base import InputError, read_table, Run, SPANS, TIMELINE, write_json
+from hatemm_clip.base import InputError, read_table, SPANS, TIMELINE, write_json
 from hatemm_clip.check import span_coverage
-from hatemm_clip.deletion import deletion_areas, random_areas
 from hatemm_clip.features import export_features, make_features
 from hatemm_clip.localise import CUT, localise, localise_table, METHODS, summarise
 from hatemm_clip.protocol import (
     all_spans, broadcast_scores, choose_cut, cut_spans, grid_times, make_gold, mark_frames, random_scores, score_metrics, span_metrics)
 from hatemm_clip.seconds import align_tokens, gold_of, on_grid, read_moments, read_spans, story_moments
-from hatemm_clip.spans import check_timed, localise_files, name_modality, read_cut, span_rows
+from hatemm_clip.spans import localise_files, name_modality, read_cut
 from hatemm_clip.stories import make_stories, plan_stories
-from hatemm_clip.timeline import Film, run_films, write_timeline
+from hatemm_clip.timeline import Film, write_timeline
 
 
 def videos(*spans, duration=4.):

@@ -1,5 +1,4 @@
 "Memes: collections as they were published, labels and what they mean, words that are given or read, a batch, and the search."
-import json
 import shutil
 import sys
 import time
@@ -155,7 +154,6 @@ print(best, flush=True)
 
 def test_a_killed_search_goes_on(tmp_path):
     "SIGKILL while a trial runs: its settings are tried again, and nothing that ended is."
-    from hatemm_clip.search import trials_of
     command = [sys.executable, '-c', SEARCH, tmp_path]
     process = warm.Fork(command)
     journal = tmp_path/'study.journal'

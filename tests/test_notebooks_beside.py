@@ -8,7 +8,8 @@ from hatemm_clip.pipeline import STAGES
 
 ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its slow cells, a test below the other
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
-SHORTER = {'01_demo': dict(out_dir='corpus', videos=40), '45_topics': dict(seeds=1, epochs=4), '55_localise': dict(run_dir='')}  # test_localise measures a run
+SHORTER = {'01_demo': dict(out_dir='corpus', videos=40), '45_topics': dict(seeds=1, epochs=4),
+           '55_localise': dict(run_dir='')}  # stories alone; test_localise measures a run
 
 
 @pytest.mark.parametrize('name', BESIDE)

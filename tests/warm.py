@@ -60,6 +60,11 @@ def _become(command, cwd, env, out, err):
     os._exit(code)
 
 
+def can_fork(command, env):
+    "Whether a process is one of this Python, with the modules that the server has imported."
+    return command[0] == sys.executable and env.get('PYTHONPATH') == FOUND_BY
+
+
 def _ensure_server():
     with unittest.mock.patch.dict(os.environ, PYTHONWARNINGS='ignore:lancedb fork:RuntimeWarning'):  # it has nothing under way when it is forked
         multiprocessing.forkserver.ensure_running()
@@ -70,12 +75,12 @@ class Fork:
     stdin = stdout = stderr = None
 
     def __init__(self, command, cwd='.', env=None, keep=True):
-        self.args = list(map(str, command))
-        assert self.args[0] == sys.executable, f'not a Python process: {self.args[0]}'
+        self.args, env = list(map(str, command)), dict(env or os.environ)
+        assert can_fork(self.args, env), f'not this Python, or with another path to find modules by: {self.args}'
         self._kept = [tempfile.NamedTemporaryFile('r') for _ in range(2)] if keep else []
         files = [f.name for f in self._kept] or [None]*2
         _ensure_server()
-        self._process = CONTEXT.Process(target=_become, args=(self.args[1:], str(cwd or '.'), dict(env or os.environ), *files))
+        self._process = CONTEXT.Process(target=_become, args=(self.args[1:], str(cwd or '.'), env, *files))
         self._process.start()
         self.pid = self._process.pid
         with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -118,6 +123,6 @@ def start_kernels_here():
     usual = local_provisioner.launch_kernel
 
     def launch_kernel(command, cwd=None, env=None, **options):
-        same = (env or os.environ).get('PYTHONPATH') == FOUND_BY and command[0] == sys.executable
-        return Fork(command, cwd, env, keep=False) if same else usual(command, cwd=cwd, env=env, **options)
+        if can_fork(command, env or os.environ): return Fork(command, cwd, env, keep=False)
+        return usual(command, cwd=cwd, env=env, **options)
     local_provisioner.launch_kernel = launch_kernel
