@@ -18,11 +18,11 @@ import warnings
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.special import softmax, xlogy
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import (
-    average_precision_score, brier_score_loss, confusion_matrix, log_loss, roc_auc_score)
+    average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score)
 from threadpoolctl import ThreadpoolController
 
 from .base import InputError
@@ -401,6 +401,14 @@ def apply_temperature(
         return apply_temperature(np.stack([1 - probs, probs], axis=1), temperature)[:, 1]
     return softmax(np.log(probs) / temperature, axis=1)
 
+# %% ../nbs/05_metrics.ipynb #15d7a7d4
+def _log_loss(labels, probs, weight):
+    "As scikit-learn computes it."
+    if probs.ndim == 1: probs = np.stack([1 - probs, probs], axis=1)
+    eps = np.finfo(float).eps
+    of_label = probs[np.arange(len(labels)), labels].clip(eps, 1 - eps)
+    return np.average(-xlogy(1., of_label), weights=weight)
+
 # %% ../nbs/05_metrics.ipynb #edcf4dfd
 def fit_temperature(
     labels, # int, shape (N,), of the validation part
@@ -410,11 +418,8 @@ def fit_temperature(
     "Temperature with the least log loss."
     labels, probs, weight = check_arrays(labels, probs, weight)
     _check_both(labels, 'calibration')
-    classes = range(2 if probs.ndim == 1 else probs.shape[1])
 
-    def loss(log_t):
-        scaled = apply_temperature(probs, np.exp(log_t))
-        return log_loss(labels, scaled, sample_weight=weight, labels=classes)
+    def loss(log_t): return _log_loss(labels, apply_temperature(probs, np.exp(log_t)), weight)
 
     best = minimize_scalar(loss, bounds=(np.log(.02), np.log(50)), method='bounded')
     return float(np.exp(best.x))

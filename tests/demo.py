@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import papermill
+import warm
 from filelock import FileLock
 
 from hatemm_clip.base import Run, remove
@@ -72,4 +73,6 @@ def small_corpus(clone, target, n):
     return target
 
 
-if __name__ == '__main__': make_demo()
+if __name__ == '__main__':
+    warm.start_kernels_here()
+    make_demo()

@@ -2,11 +2,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import httpx
+import warm
 
 from hatemm_clip.base import InputError
 from hatemm_clip.media import probe
@@ -53,7 +53,7 @@ class Running:
         command = [sys.executable, __file__, json.dumps([[str(b) for b in bundles], dict(port=0) | settings])]
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder.with_suffix(f'.{time.monotonic_ns()}.log')
-        with open(self.log, 'w') as log: self.process = subprocess.Popen(command, stderr=log, env=dict(os.environ, TMPDIR=str(folder)))
+        with open(self.log, 'w') as log: self.process = warm.Fork(command, stderr=log, env=dict(os.environ, TMPDIR=str(folder)))
         while '"listening"' not in self.told():
             if self.process.poll() is not None: raise RuntimeError(self.told())
             time.sleep(.02)

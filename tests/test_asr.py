@@ -1,7 +1,6 @@
 "Transcripts: real clips, both backends, killed and resumed runs."
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,9 +20,8 @@ from hatemm_clip.bench import bench_asr
 from hatemm_clip.rows import read_journal
 from hatemm_clip.asr import make_groups, read_transcripts, transcribe_clips, write_srt, write_subtitles, write_vtt
 from hatemm_clip.sound import SR, read_audio
-from hatemm_clip.base import InputError, read_table, store_lock
-from hatemm_clip.data import prepare_data
-from hatemm_clip.demo import demo_clips, demo_words, make_corpus, random_sentence, read_truth, speak
+from hatemm_clip.base import CLIPS, InputError, read_table, store_lock, write_table
+from hatemm_clip.demo import demo_clips, demo_words, random_sentence, read_truth, speak
 from films import sounding
 from killing import killing_actor
 
@@ -35,11 +33,39 @@ def fast(): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1)
 
 
 @pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-    "Twelve demo videos, their table and their truth."
+def corpus(demo, tmp_path_factory):
+    "Eight clips of the demo as a table, the truth of all, and a folder that has the table."
     folder = tmp_path_factory.mktemp('asr')
-    clips, _ = prepare_data('demo', make_corpus(folder/'demo', 12, 0), folder/'tables', folds=3)
-    return clips, read_truth(folder/'demo'), folder
+    clips = read_table(demo/'runs/notebook/clips.parquet')[:8]
+    write_table(clips, folder/'clips.parquet', CLIPS)
+    return clips, read_truth(demo/'demo_data'), folder
+
+
+@pytest.fixture(scope='module')
+def sounds(corpus): return [read_audio(p) for p in corpus[0].path]
+
+
+@pytest.fixture(scope='module')
+def together(fast, sounds):
+    "What is heard in all of the corpus at once."
+    return fast.transcribe(sounds)
+
+
+def one_by_one(threads=1): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=threads, batch_size=1)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(corpus):
+    "The folder of transcripts of the corpus, made one clip at a time."
+    transcribe_clips(corpus[0], corpus[2]/'undisturbed', one_by_one())
+    return corpus[2]/'undisturbed'
+
+
+def openai(shared, **options):
+    "The other backend, which writes up to 80 tokens a window, not 224: a loop has no other end."
+    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1, **options)
+    asr.net.dims.n_text_ctx = 160
+    return asr
 
 
 @pytest.fixture(scope='module')
@@ -70,9 +96,9 @@ def check_real_clips(answers):
 def test_real_clips_with_faster_whisper(fast, videos): check_real_clips(dict(zip(videos, fast.transcribe(list(videos.values())))))
 
 
-@pytest.mark.parametrize('beam_size', [1, 5])
+@pytest.mark.parametrize('beam_size', [1, 2])
 def test_real_clips_with_openai_whisper(videos, shared, beam_size):
-    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1, beam_size=beam_size)
+    asr = openai(shared, beam_size=beam_size)
     answers = asr.transcribe(list(videos.values()))
     check_real_clips(dict(zip(videos, answers)))
     assert {(a['backend'], a['model']) for a in answers} == {('openai-whisper', 'whisper-tiny.en')}
@@ -84,22 +110,19 @@ def test_auto_takes_the_backend_that_has_the_weights(shared):
     assert load_asr('auto', str(shared/'models/whisper-tiny.en.pt'), 'cpu').backend == 'openai-whisper'
 
 
-def test_an_answer_does_not_depend_on_the_batch(fast, corpus):
-    audios = [read_audio(p) for p in corpus[0].path]
-    together = fast.transcribe(audios)
-    assert [fast.transcribe([a])[0] for a in audios[:4]] == together[:4]
-    assert fast.transcribe(audios[::-1])[::-1] == together
-    small = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=3)
-    assert small.transcribe(audios) == together
+def test_an_answer_does_not_depend_on_the_batch(fast, sounds, together):
+    assert [fast.transcribe([a])[0] for a in sounds[:2]] == together[:2]
+    assert fast.transcribe(sounds[:1:-1])[::-1] == together[2:]
+    small = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=2)
+    assert small.transcribe(sounds[:5]) == together[:5]
 
 
-def test_demo_sentences_are_understood_and_timed(fast, corpus):
+def test_demo_sentences_are_understood_and_timed(corpus, together):
     clips, truth, _ = corpus
     videos = {v['video_file_name']: v for v in truth}
     known = [videos[Path(p).name] for p in clips.path]
-    answers = fast.transcribe([read_audio(p) for p in clips.path])
-    assert word_error_rate([demo_words(v) for v in known], [a['text'] for a in answers]) < .3
-    late = [abs(a['segments'][0]['start'] - min(s['start'] for s in v['sentences'])) for a, v in zip(answers, known)]
+    assert word_error_rate([demo_words(v) for v in known], [a['text'] for a in together]) < .3
+    late = [abs(a['segments'][0]['start'] - min(s['start'] for s in v['sentences'])) for a, v in zip(together, known)]
     assert np.median(late) < .2
 
 
@@ -109,9 +132,8 @@ def in_order(segments, length):
     return all(s['start'] < s['end'] for s in segments) and times == sorted(times) and all(0 <= t <= length for t in times)
 
 
-@pytest.mark.parametrize('late', [0., 2.5])
-@pytest.mark.parametrize('backend', ['faster-whisper', 'openai-whisper'])
-def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, shared, tmp_path):
+@pytest.mark.parametrize('backend, late', [('faster-whisper', 0.), ('faster-whisper', 2.5), ('openai-whisper', 2.5)])
+def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, fast, shared, tmp_path):
     rng, begins = np.random.default_rng(3), [1., 7., 14.]
     said, wave = [random_sentence(kind, rng, 'pumpkins') for kind in ('friendly', 'hostile', 'counter')], np.zeros(48_000*20, np.float32)
     for begin, sentence in zip(begins, said):
@@ -120,7 +142,7 @@ def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, s
         at = int(48_000*begin)
         wave[at:at + len(spoken)] = spoken[:len(wave) - at]
     film = sounding(tmp_path/'late.mkv', seconds=20., offset=late, tracks=[wave[None]])
-    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1)
+    asr = fast if backend == 'faster-whisper' else openai(shared)
     audio = read_audio(film)
     segments = asr.transcribe([audio])[0]['segments']
     assert in_order(segments, len(audio)/SR)
@@ -128,13 +150,13 @@ def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, s
 
 
 @pytest.mark.parametrize('backend', ['faster-whisper', 'openai-whisper'])
-def test_a_loop_over_noise_is_flagged_or_left_out(backend, shared):
+def test_a_loop_over_noise_is_flagged_or_left_out(backend, fast, shared):
     "One phrase, again and again over noise, gives no endless text."
     phrase = speak('thank you for watching')
     phrase = np.interp(np.arange(0, len(phrase), 22_050/SR), np.arange(len(phrase)), phrase)
     audio = np.tile(phrase, 12).astype(np.float32)
     audio += np.random.default_rng(0).normal(0, .05, len(audio)).astype(np.float32)
-    asr = load_asr(backend, 'tiny.en' if backend == 'faster-whisper' else str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1)
+    asr = fast if backend == 'faster-whisper' else openai(shared, beam_size=1)
     answer = asr.transcribe([audio])[0]
     assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*14
     assert 'repetition' in answer['flags']
@@ -142,13 +164,13 @@ def test_a_loop_over_noise_is_flagged_or_left_out(backend, shared):
 
 def test_a_long_clip_is_cut_and_put_together(fast):
     rng, sounds, said = np.random.default_rng(0), [], []
-    for kind in ('friendly', 'neutral', 'hostile', 'counter')*5:
+    for kind in ('friendly', 'neutral', 'hostile', 'counter')*3:
         said.append(random_sentence(kind, rng, 'pumpkins'))
         wave = speak(said[-1])
         sounds += [np.interp(np.arange(0, len(wave), 22_050/SR), np.arange(len(wave)), wave), np.zeros(SR//2)]
     audio = np.concatenate(sounds).astype(np.float32)
     answer = fast.transcribe([audio])[0]
-    assert len(audio)/SR > 60 and word_error_rate(' '.join(said), answer['text']) < .35
+    assert len(audio)/SR > 35 and word_error_rate(' '.join(said), answer['text']) < .35
     assert answer['segments'][-1]['end'] > len(audio)/SR - 3
 
 
@@ -245,33 +267,33 @@ module.transcribe_clips(read_table(sys.argv[1]), sys.argv[2], module.load_asr(de
 
 
 @pytest.mark.parametrize('lines', [1, 3])
-def test_killed_and_resumed_equals_undisturbed(corpus, tmp_path, lines, capsys):
+def test_killed_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path, lines):
     clips, _, folder = corpus
     journal = tmp_path/'transcripts.parquet.journal'
-    process = warm.Fork([sys.executable, '-c', WORKER, folder/'tables/clips.parquet', tmp_path])
+    process = warm.Fork([sys.executable, '-c', WORKER, folder/'clips.parquet', tmp_path])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (journal.exists() and journal.read_bytes().count(b'\n') >= lines): time.sleep(.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert journal.exists() and not (tmp_path/'transcripts.parquet').exists()
     with open(journal, 'a') as f: f.write('{"rows": [{"clip')
-    resumed = transcribe_clips(clips.sample(frac=1, random_state=0), tmp_path, load_asr(device='cpu', batch_size=1, threads=2))
-    undisturbed = folder/'undisturbed.parquet'
-    transcribe_clips(clips, undisturbed, load_asr(device='cpu', batch_size=1, threads=1))
-    assert undisturbed.read_bytes() == (tmp_path/'transcripts.parquet').read_bytes()
+    resumed = transcribe_clips(clips.sample(frac=1, random_state=0), tmp_path, one_by_one(threads=2))
+    assert (undisturbed/'transcripts.parquet').read_bytes() == (tmp_path/'transcripts.parquet').read_bytes()
     assert resumed.clip_id.tolist() == sorted(clips.clip_id) and not journal.exists()
 
 
 RUN = """
 import sys, time
 import faster_whisper.vad, filelock, pyarrow.parquet, tqdm
+sys.path.append(sys.argv[3])
 from hatemm_clip import asr as module, rows
 from hatemm_clip.base import read_table
+from hatemm_clip.speech import find_ct2_model
 from killing import kill_runs
-clips, append = read_table(sys.argv[1]), rows._append
+clips, append, weights = read_table(sys.argv[1]), rows._append, find_ct2_model('tiny.en')
 
 def slowly(*args):
-    time.sleep(.1)
+    time.sleep(.25)
     append(*args)
 
 def run(ready):
@@ -283,20 +305,13 @@ print(kill_runs(run))
 """
 
 
-def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, tmp_path):
+def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path):
     clips, _, folder = corpus
-    many = pd.concat([clips.assign(clip_id=clips.clip_id + f'-{i}', start=.3*i) for i in range(4)], ignore_index=True)
-    from hatemm_clip.base import CLIPS, write_table
-    write_table(many[CLIPS.names], tmp_path/'clips.parquet', CLIPS)
-    (tmp_path/'run.py').write_text(RUN)
-    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
-                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])))
+    done = warm.run([sys.executable, '-c', RUN, folder/'clips.parquet', tmp_path/'killed', Path(__file__).parent], timeout=300)
     assert int(done.stdout.split()[-1]) >= 6
-    asr = load_asr(device='cpu', batch_size=1, threads=1)
-    transcribe_clips(many, tmp_path/'killed', asr)
-    transcribe_clips(many, tmp_path/'calm', asr)
-    read = lambda name: (tmp_path/name/'transcripts.parquet').read_bytes()
-    assert read('killed') == read('calm') and not list((tmp_path/'killed').glob('*.journal'))
+    transcribe_clips(clips, tmp_path/'killed', one_by_one())
+    read = lambda folder: (folder/'transcripts.parquet').read_bytes()
+    assert read(tmp_path/'killed') == read(undisturbed) and not list((tmp_path/'killed').glob('*.journal'))
 
 
 def test_two_writers_one_is_refused(fast, corpus, tmp_path):
@@ -304,29 +319,28 @@ def test_two_writers_one_is_refused(fast, corpus, tmp_path):
     with store_lock(tmp_path/'transcripts.parquet'):
         with pytest.raises(InputError, match='another run is writing to it'): transcribe_clips(clips[:2], tmp_path, asr=fast)
         code = "import sys; from hatemm_clip.asr import transcribe_clips; from hatemm_clip.base import read_table; transcribe_clips(read_table(sys.argv[1])[:2], sys.argv[2])"
-        done = warm.run([sys.executable, '-c', code, folder/'tables/clips.parquet', tmp_path])
+        done = warm.run([sys.executable, '-c', code, folder/'clips.parquet', tmp_path])
     assert 'InputError' in done.stderr and 'another run is writing to it' in done.stderr.splitlines()[-1]
     first = transcribe_clips(clips[:2], tmp_path, asr=fast)
     with store_lock(tmp_path/'transcripts.parquet'): assert first.equals(transcribe_clips(clips[:2], tmp_path, asr=fast))  # done: only read
 
 
-def test_a_full_disk_is_told_and_the_journal_goes_on(fast, corpus, tmp_path):
+def test_a_full_disk_is_told_and_the_journal_goes_on(corpus, undisturbed, tmp_path):
     clips, _, folder = corpus
     code = f"""
-import resource, signal
+import resource, signal, sys
 from hatemm_clip.asr import load_asr, transcribe_clips
-from hatemm_clip.base import read_table
+from hatemm_clip.base import InputError, read_table
 asr = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-transcribe_clips(read_table({str(folder/'tables/clips.parquet')!r}), {str(tmp_path)!r}, asr=asr)
+try: transcribe_clips(read_table({str(folder/'clips.parquet')!r}), {str(tmp_path)!r}, asr=asr)
+except InputError as e: sys.exit(str(e))  # what is told has to fit into a file, too
 """
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    told = done.stderr.strip().splitlines()[-1]
-    assert 'InputError' in told and 'transcripts.parquet.journal: cannot be written (File too large)' in told and 'make room and run again' in told
-    one_by_one = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=1)
-    resumed = transcribe_clips(clips, tmp_path, asr=one_by_one)
-    assert resumed.equals(transcribe_clips(clips, tmp_path/'calm', asr=one_by_one))
+    told = warm.run([sys.executable, '-c', code]).stderr.strip().splitlines()[-1]
+    assert 'transcripts.parquet.journal: cannot be written (File too large)' in told and 'make room and run again' in told
+    assert (tmp_path/'transcripts.parquet.journal').stat().st_size > 0 and not (tmp_path/'transcripts.parquet').exists()
+    assert transcribe_clips(clips, tmp_path, asr=one_by_one()).equals(read_transcripts(undisturbed))
 
 
 @pytest.fixture
@@ -338,13 +352,13 @@ def clips_read(monkeypatch):
 
 
 def test_what_failed_is_tried_again_and_nothing_else(fast, corpus, tmp_path, capsys, clips_read):
-    clips = corpus[0].assign(path=[str(tmp_path/f'{i}.mp4') if i == 3 else p for i, p in enumerate(corpus[0].path)])
-    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.1)) == 11 and len(clips_read) == 12
+    clips = corpus[0][:5].assign(path=[str(tmp_path/f'{i}.mp4') if i == 3 else p for i, p in enumerate(corpus[0].path[:5])])
+    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.2)) == 4 and len(clips_read) == 5
     (tmp_path/'3.mp4').write_bytes(Path(corpus[0].path[3]).read_bytes())
-    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 12 and clips_read[12:] == [clips.clip_id[3]]
-    assert '1 of 12 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
+    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 5 and clips_read[5:] == [clips.clip_id[3]]
+    assert '1 of 5 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
     transcribe_clips(clips, tmp_path, asr=fast)
-    assert 'there already' in capsys.readouterr().out and len(clips_read) == 13
+    assert 'there already' in capsys.readouterr().out and len(clips_read) == 6
 
 
 def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_path, monkeypatch):
@@ -360,16 +374,16 @@ def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_pat
 
 def test_only_new_and_changed_clips_are_transcribed(fast, corpus, tmp_path, clips_read):
     clips = corpus[0].sort_values('clip_id', ignore_index=True)
-    transcribe_clips(clips[:5], tmp_path, asr=fast)
-    grown = transcribe_clips(clips[:8], tmp_path, asr=fast)
-    assert clips_read[5:] == clips.clip_id[5:8].tolist()
-    cut = clips[:8].assign(end=[2. if i == 2 else end for i, end in enumerate(clips.end[:8])])
+    transcribe_clips(clips[:3], tmp_path, asr=fast)
+    grown = transcribe_clips(clips[:5], tmp_path, asr=fast)
+    assert clips_read[3:] == clips.clip_id[3:5].tolist()
+    cut = clips[:5].assign(end=[2. if i == 2 else end for i, end in enumerate(clips.end[:5])])
     transcribe_clips(cut, tmp_path, asr=fast)
-    assert clips_read[8:] == [clips.clip_id[2]]
-    back = transcribe_clips(clips[:8], tmp_path, asr=fast)
-    assert back.equals(grown) and clips_read[9:] == [clips.clip_id[2]]
-    assert transcribe_clips(clips[:3], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:3].tolist() and len(clips_read) == 10
-    assert grown.equals(transcribe_clips(clips[:8], tmp_path/'fresh', asr=fast))
+    assert clips_read[5:] == [clips.clip_id[2]]
+    back = transcribe_clips(clips[:5], tmp_path, asr=fast)
+    assert back.equals(grown) and clips_read[6:] == [clips.clip_id[2]]
+    assert transcribe_clips(clips[:2], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:2].tolist() and len(clips_read) == 7
+    assert grown.equals(transcribe_clips(clips[:5], tmp_path/'fresh', asr=fast))
 
 
 def test_sound_that_is_not_decoded_is_told(fast):
@@ -434,16 +448,16 @@ def test_a_run_that_hatemm_keeps_is_not_filled_with_the_demo(tmp_path):
     assert not (tmp_path/'data').exists()
 
 
-def test_bench_tells_speed_errors_and_the_long_file(shared):
-    told = bench_asr(None, str(shared/'models/whisper-tiny.en.pt'), n=2, repeats=1, long=20)
+def test_bench_tells_speed_errors_and_the_long_file(demo, shared):
+    told = bench_asr(demo/'demo_data', str(shared/'models/whisper-tiny.en.pt'), n=1, threads=1, repeats=1, long=20)
     assert told['ratios'].keys() == {'asr_vs_openai'} and len(told['rows']) == 16
     assert sum('one file of' in row['what'] for row in told['rows']) == 8 and all(row['value'] >= 0 for row in told['rows'])
 
 
 def test_a_finished_table_is_kept_and_other_settings_are_not_mixed(fast, corpus, tmp_path, capsys):
-    clips = corpus[0].head(3)
+    clips = corpus[0].head(2)
     first = transcribe_clips(clips, tmp_path, asr=fast)
-    assert '3 clips, 0 failed' in capsys.readouterr().out
+    assert '2 clips, 0 failed' in capsys.readouterr().out
     assert first.equals(transcribe_clips(clips, tmp_path, asr=fast)) and 'there already' in capsys.readouterr().out
     greedy = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, beam_size=1)
     transcribe_clips(clips, tmp_path, asr=greedy)
@@ -459,15 +473,15 @@ def test_a_journal_of_other_settings_starts_again(tmp_path, capsys):
 
 
 def test_failures_are_counted_with_a_reason(fast, corpus, tmp_path):
-    clips = corpus[0].copy()
+    clips = corpus[0][:5].copy()
     broken = tmp_path/'broken.mp4'
     broken.write_bytes(b'nothing here')
     clips.loc[1, 'path'] = str(broken)
     clips.loc[2, 'path'] = str(tmp_path/'gone.mp4')
-    with pytest.raises(InputError, match='2 of 12 items failed'): transcribe_clips(clips, tmp_path, asr=fast)
-    table = transcribe_clips(clips, tmp_path, asr=fast, max_failed=.2)
+    with pytest.raises(InputError, match='2 of 5 items failed'): transcribe_clips(clips, tmp_path, asr=fast)
+    table = transcribe_clips(clips, tmp_path, asr=fast, max_failed=.4)
     failed = pd.read_csv(tmp_path/'failed_transcripts.csv')
-    assert len(table) == 10 and set(failed.clip_id) == set(clips.clip_id) - set(table.clip_id)
+    assert len(table) == 3 and set(failed.clip_id) == set(clips.clip_id) - set(table.clip_id)
     assert failed.error.str.contains('broken.mp4|gone.mp4').all()
 
 
@@ -517,9 +531,7 @@ def test_subtitles_read_back(tmp_path):
     with av.open(str(write_vtt(segments, tmp_path/'a.vtt'))) as container: assert len([p for p in container.demux() if p.size]) == 2
 
 
-def test_ray_gives_the_same_rows_although_an_actor_is_killed(corpus, tmp_path, on_ray):
-    asr = load_asr(device='cpu', batch_size=2, threads=1)
-    expected = transcribe_clips(corpus[0], tmp_path/'local', asr)
-    with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', asr, engine='ray')
-    assert got.equals(expected) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
+def test_ray_gives_the_same_rows_although_an_actor_is_killed(corpus, undisturbed, tmp_path, on_ray):
+    with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', one_by_one(), engine='ray')
+    assert got.equals(read_transcripts(undisturbed)) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
     assert len(killed) == 1

@@ -104,11 +104,13 @@ def test_results_keep_the_order_of_items():
     assert call_guarded(eval, calls) == [(wait, '') for wait in (1., 0., .2, .1)]
 
 
-def test_workers_end_with_their_caller():
-    code = "import os, threading, time; from hatemm_clip.examine import call_guarded\nthreading.Timer(15, lambda: os.kill(os.getpid(), 9)).start(); call_guarded(time.sleep, [600], timeout=20)"
+def test_workers_end_with_their_caller(tmp_path):
+    work = f"open({str(tmp_path/'begun')!r}, 'w').close() or __import__('time').sleep(600)"
+    code = f'from hatemm_clip.examine import call_guarded; call_guarded(eval, [{work!r}], timeout=5)'
     script = subprocess.Popen([sys.executable, '-c', code])
-    time.sleep(12)
+    while not (tmp_path/'begun').exists() and script.poll() is None: time.sleep(.05)
     left = psutil.Process(script.pid).children(recursive=True)
+    script.kill()
     assert left and script.wait(60) == -9
     assert not psutil.wait_procs(left, timeout=60)[1]
 

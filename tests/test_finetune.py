@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +13,12 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
+import warm
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from hatemm_clip.base import CLIPS, TRANSCRIPTS, InputError, read_table, write_table
 from hatemm_clip.data import LeakError, prepare_data
-from hatemm_clip.demo import make_corpus, read_truth
+from hatemm_clip.demo import read_truth
 from hatemm_clip.encoders import load_encoder, merge_adapter
 from hatemm_clip.features import read_features
 from hatemm_clip import training as module
@@ -26,6 +27,7 @@ from hatemm_clip.tuning import (
 from hatemm_clip.checkpoints import audit_checkpoint, find_checkpoint, load_checkpoint, read_checkpoint
 from hatemm_clip.training import check_gradients, finetune, tensorboard_log
 from hatemm_clip.finetune import chosen_folds, embed_folds, read_folds, run_finetune
+from demo import small_corpus
 
 PARTS = np.where(np.arange(20) < 12, 'train', np.where(np.arange(20) < 16, 'val', 'test'))
 CONFIG = FinetuneConfig(epochs=3, batch_size=4, num_frames=2, rank=4, dropout=0., patience=9)
@@ -67,11 +69,16 @@ def losses(done): return done.history[['train_loss', 'val_loss']].values
 def changed(before, after): return [n for n, t in before.items() if not torch.equal(t, after[n])]
 
 
+def without_weights(name):
+    "A model's names and shapes; drawing its first weights would take seconds."
+    with torch.device('meta'): return open_clip.create_model(name, load_weights=False, device='meta')
+
+
 @pytest.mark.parametrize('name', [*MODELS, 'RN50'])
 def test_what_trains(name):
     "Each mode trains its parameters, in both towers, and nothing else."
     for mode in MODES:
-        model = open_clip.create_model(name, load_weights=False, device='meta')
+        model = without_weights(name)
         every = [n for n, _ in model.named_parameters()]
         if name == 'RN50' and mode == 'lora':
             with pytest.raises(InputError, match='image tower'): set_trainable(model, FinetuneConfig(mode=mode))
@@ -87,7 +94,7 @@ def test_what_trains(name):
 
 
 def test_projection_is_the_last_layer():
-    model = open_clip.create_model('ViT-B-32', load_weights=False, device='meta')
+    model = without_weights('ViT-B-32')
     assert projection_names(model) == dict(image=['visual.proj'], text=['text_projection'])
     assert (model.visual.proj.shape, model.text_projection.shape) == ((768, 512), (512, 512))
 
@@ -226,18 +233,21 @@ print('process', PartialState().process_index, 'of', PartialState().num_processe
 """
 
 
-def run_worker(tmp_path, jobs, kill=0, processes=1, run=''):
+def run_worker(jobs, kill=0, processes=1, run=''):
     "Fine-tune in a process of its own, or in several that speak through gloo; jobs: folder → changes of CONFIG."
-    script = tmp_path/'worker.py'
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), jobs=jobs, kill=kill, run=str(run)))
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
-    return subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=600,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'})
+    code = WORKER.format(tests=str(Path(__file__).parent), jobs=jobs, kill=kill, run=str(run))
+    envs = [{**os.environ, 'ACCELERATE_USE_CPU': 'true'}]
+    if processes > 1:
+        group = dict(WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(get_free_port()))
+        envs = [envs[0] | group | dict(RANK=str(k), LOCAL_RANK=str(k)) for k in range(processes)]
+    workers = [warm.Fork([sys.executable, '-c', code], env=env) for env in envs]
+    said = [w.communicate(timeout=600) for w in workers]
+    return [w.returncode for w in workers], ''.join(out for out, _ in said), ''.join(err for _, err in said)
 
 
 def test_killed_run_resumes_exactly(toy, adapted, tmp_path):
     "SIGKILL in the second epoch; the losses are those of the run that was left alone, digit by digit."
-    assert run_worker(tmp_path, {str(tmp_path/'killed'): {}}, kill=2).returncode == -signal.SIGKILL
+    assert run_worker({str(tmp_path/'killed'): {}}, kill=2)[0] == [-signal.SIGKILL]
     assert (tmp_path/'killed/state.safetensors').exists() and not (tmp_path/'killed/history.json').exists()
     (tmp_path/'killed/.epoch_003.1.part').mkdir()
     resumed = finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')
@@ -310,7 +320,7 @@ def test_bad_checkpoints(adapted, tmp_path):
     with pytest.raises(InputError, match='not JSON'): load_checkpoint(text)
     other = copy('other')
     config = json.loads((other/'config.json').read_text())
-    with pytest.raises(InputError, match='adapters do not fit'): merge_adapter(load_encoder('ViT-B-32', '', 'cpu'), other)
+    with pytest.raises(InputError, match='adapters do not fit'): merge_adapter(dataclasses.replace(load_encoder(device='cpu'), model=without_weights('ViT-B-32')), other)
     (other/'config.json').write_text(json.dumps(dict(config, base_sha256='0'*64)))
     with pytest.raises(InputError, match='other weights'): load_checkpoint(other)
     with pytest.raises(InputError, match='no fine-tuned checkpoint'): load_checkpoint(tmp_path/'nowhere')
@@ -349,20 +359,21 @@ def test_loader_processes_change_nothing(toy, adapted, tmp_path):
     np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'run', CONFIG, 'cpu', workers=2)), losses(adapted))
 
 
-def test_float16_scales_its_loss(toy, tmp_path, monkeypatch):
+def test_float16_scales_its_loss(tmp_path, monkeypatch):
     "On a CPU, where only tests may: it learns, an overflow skips a step and halves the scale, and the scale is resumed."
     monkeypatch.setattr(module, '_activations', lambda precision, device: torch.float16)
-    done = finetune(toy, PARTS, tmp_path/'whole', CONFIG, 'cpu')
+    small, parts, config = make_toy(10), PARTS[::2], dataclasses.replace(CONFIG, num_frames=1, num_windows=1, batch_size=2)
+    done = finetune(small, parts, tmp_path/'whole', config, 'cpu')
     assert losses(done)[-1, 1] < .5*losses(done)[0, 1]
     stop = lambda row: (_ for _ in ()).throw(KeyboardInterrupt) if row['epoch'] == 2 else None
-    with pytest.raises(KeyboardInterrupt): finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu', on_epoch=stop)
-    np.testing.assert_array_equal(losses(finetune(toy, PARTS, tmp_path/'killed', CONFIG, 'cpu')), losses(done))
-    encoder = module.load_base(CONFIG)
-    rows = module.check_parts(toy, PARTS)
-    session = module.open_session(encoder, toy, rows, CONFIG, 'cpu')
+    with pytest.raises(KeyboardInterrupt): finetune(small, parts, tmp_path/'killed', config, 'cpu', on_epoch=stop)
+    np.testing.assert_array_equal(losses(finetune(small, parts, tmp_path/'killed', config, 'cpu')), losses(done))
+    encoder = module.load_base(config)
+    rows = module.check_parts(small, parts)
+    session = module.open_session(encoder, small, rows, config, 'cpu')
     head, scale = session.model.head.out.weight.detach().clone(), session.scaler.get_scale()
     assert session.scaler.is_enabled() and scale > 1
-    batch = make_batch(toy, rows[0][:4], np.full(4, 1e38, np.float32), CONFIG, encoder.tokenizer)
+    batch = make_batch(small, rows[0][:4], np.full(4, 1e38, np.float32), config, encoder.tokenizer)
     module._step(session, iter([batch]))
     assert torch.equal(session.model.head.out.weight, head) and session.scaler.get_scale() == scale/2
 
@@ -397,10 +408,10 @@ def test_tensorboard_itself(toy, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
+def run(demo, tmp_path_factory):
     "A run on a small corpus; the transcripts are what was spoken."
     folder = tmp_path_factory.mktemp('finetune_run')
-    corpus = make_corpus(folder/'corpus', 20)
+    corpus = small_corpus(demo, folder/'corpus', 20)
     prepare_data('demo', corpus, folder/'run', folds=3)
     clips, spoken = read_table(folder/'run/clips.parquet'), {Path(v['video_file_name']).stem: v['sentences'] for v in read_truth(corpus)}
     rows = [dict(clip_id=c.clip_id, segments=[{k: s[k] for k in ('start', 'end', 'text')} for s in spoken[c.video_id]]) for c in clips.itertuples()]
@@ -422,18 +433,18 @@ def test_folds_that_are_asked_for(run):
 
 def test_two_processes_are_one(toy, run, tmp_path):
     "accelerate with gloo on a CPU: the same losses as one process; the stage caches, embeds and audits once."
-    jobs = dict(lora={}, full=dict(mode='full', epochs=2), contrastive=dict(contrastive=.5, epochs=2))
+    jobs = dict(lora=dict(epochs=2), full=dict(mode='full', epochs=1), contrastive=dict(contrastive=.5, epochs=1))
     copy = Path(shutil.copytree(run, tmp_path/'run'))
     shutil.rmtree(copy/'finetune')
-    done = run_worker(tmp_path, {str(tmp_path/name): changes for name, changes in jobs.items()}, processes=2, run=copy)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'process 0 of 2' in done.stdout and 'process 1 of 2' in done.stdout
+    codes, out, err = run_worker({str(tmp_path/name): changes for name, changes in jobs.items()}, processes=2, run=copy)
+    assert codes == [0, 0], err[-2000:]
+    assert 'process 0 of 2' in out and 'process 1 of 2' in out
     for name, changes in jobs.items():
         if name == 'contrastive': changes = dict(changes, accumulate=2)  # its negatives come from a micro-batch
         one = finetune(toy, PARTS, tmp_path/f'one-{name}', dataclasses.replace(CONFIG, **changes), 'cpu')
         two = pd.DataFrame(json.loads((tmp_path/name/'history.json').read_text())['history'])
         np.testing.assert_allclose(two[['train_loss', 'val_loss']].values, losses(one), atol=1e-4)
-    assert done.stdout.count('two: 1 encoder (0 found finished), 20 clips') == 1 and '1 folds audited' in done.stdout
+    assert out.count('two: 1 encoder (0 found finished), 20 clips') == 1 and '1 folds audited' in out
     assert len(read_folds(copy, 'two')) == 1 and not list((copy/'finetune').glob('.*'))
 
 
@@ -513,9 +524,9 @@ def test_a_clip_that_cannot_be_decoded(run, tmp_path):
 
 
 def test_random_vit_takes_steps():
-    "A model of the usual size, three steps of four clips: both towers get gradients and the loss falls."
-    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=4, dropout=0., warmup=0., epochs=50, lr=1e-5, head_lr=1e-4), make_toy(4, size=224)
-    session = module.open_session(module.load_base(config), data, (np.arange(4), np.arange(2)), config, 'cpu')
+    "A model of the usual size, three steps of two clips: both towers get gradients and the loss falls."
+    config, data = FinetuneConfig('full', 'ViT-B-32', '', num_frames=1, batch_size=2, dropout=0., warmup=0., epochs=50, lr=1e-5, head_lr=1e-4), make_toy(4, size=224)
+    session = module.open_session(module.load_base(config), data, (np.arange(2), np.arange(2)), config, 'cpu')
     found = [module.train_epoch(session, epoch) for epoch in (1, 2, 3)]
     assert session.reached == {'image', 'text'} and found[-1] < found[0]
 

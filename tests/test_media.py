@@ -224,19 +224,19 @@ def remux(source, target):
 
 
 @needs_shared
-def test_two_hundred_mutations_of_real_files(tmp_path):
+def test_ninety_mutations_of_real_files(tmp_path):
     "No crash, no hang, nothing filled up, and a result or a reason for each."
     rng, files = np.random.default_rng(0), []
     sources = [SHARED/'data/videos'/n for n in ('mdn_rabbit.mp4', 'grid_bbaf2n.mpg')] + [ODD/n for n in ('late_clock.ts', 'noduration.webm', 'latin1.avi')]
     sources.append(remux(ODD/'rot90.mp4', tmp_path/'remuxed.mkv'))
-    for i in range(200):
+    for i in range(90):
         source = sources[i % len(sources)]
         files.append(tmp_path/f'{i}{source.suffix}')
         files[-1].write_bytes(mutate(source.read_bytes(), rng, ('inverted', 'dropped', 'repeated', 'zeroed', 'cut')[i // len(sources) % 5]))
     rows = decode_all(files, timeout=60, n=4)
-    assert len(rows) == 200 and all(row['ok'] != bool(row['error']) for row in rows)
+    assert len(rows) == 90 and all(row['ok'] != bool(row['error']) for row in rows)
     assert not [row['error'] for row in rows if row['error'] and ('crashed' in row['error'] or 'not decoded after' in row['error'])]
-    assert sum(row['ok'] for row in rows) > 150
+    assert sum(row['ok'] for row in rows) > 67
     for row in rows:
         if row['ok']: assert 1 <= row['frames'] <= 4 and row['picture_duration'] < 200 and max(row['frame_times']) <= row['picture_duration']
 

@@ -1,20 +1,21 @@
 "The notebooks that are no stages run top to bottom, each on a copy of the demo's run."
 import pytest
 from conftest import ROOT
-from demo import copy_run, execute
+from demo import copy_run, execute, small_corpus
 from test_notebooks import NOTEBOOKS, run_notebook
 
 from hatemm_clip.pipeline import STAGES
 
 ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its slow cells, a test below the other
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
-SHORTER = {'01_demo': dict(out_dir='corpus', videos=40), '45_topics': dict(seeds=1, epochs=4),
-           '55_localise': dict(run_dir='')}  # stories alone; test_localise measures a run
+SHORTER = {'01_demo': dict(out_dir='corpus', videos=24), '03_check': dict(data_dir='few'), '06_compare': dict(n=200), '30_finetune': dict(fold='0', epochs=2),
+           '45_topics': dict(seeds=1, epochs=1), '55_localise': dict(run_dir='', videos=40)}  # stories alone; test_localise measures a run
 
 
 @pytest.mark.parametrize('name', BESIDE)
 def test_notebook(name, demo, tmp_path):
-    shorter = {n: str(tmp_path/value) if n == 'out_dir' else value for n, value in SHORTER.get(name, {}).items()}
+    shorter = {n: str(tmp_path/value) if n in ('out_dir', 'data_dir') else value for n, value in SHORTER.get(name, {}).items()}
+    if 'data_dir' in shorter: small_corpus(demo, tmp_path/'few', 24)
     run_notebook(name, copy_run(demo, tmp_path/'run').folder, demo/'demo_data', **shorter)
 
 

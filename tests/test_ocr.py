@@ -1,5 +1,4 @@
 "Words in pictures: drawn ones are read, at their times, once; runs that are killed; pictures that are odd; no network."
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from killing import killing_actor
 from PIL import Image, ImageDraw, ImageFont
 from test_score import check_scored, write_bundle
@@ -50,6 +50,14 @@ def folder(tmp_path_factory):
     for i, word in enumerate('apple bread choir drums eagle flute grape hotel'.split()):
         write_video(folder/f'{word}.mp4', [draw(f'THE {word.upper()} IS HERE')]*8 + [draw(f'number {i} is ready')]*8, 4)
     return folder
+
+
+@pytest.fixture(scope='module')
+def undisturbed(ocr, folder, tmp_path_factory):
+    "The table of all eight, made by one worker."
+    out = tmp_path_factory.mktemp('undisturbed')
+    ocr_clips(table_of(*sorted(folder.glob('*.mp4'))), out, ocr, workers=1)
+    return out/'ocr.parquet'
 
 
 @pytest.fixture
@@ -183,10 +191,9 @@ def test_failures_are_counted_and_only_they_are_tried_again(ocr, folder, tmp_pat
     assert read_ocr(tmp_path).attrs['params']['weights_sha256'] == ocr.weights_sha256
 
 
-def test_rows_do_not_depend_on_workers(ocr, folder, tmp_path):
-    clips = table_of(*folder.glob('*.mp4'))
-    tables = [ocr_clips(clips, tmp_path/str(n), ocr, workers=n) for n in (1, 3)]
-    assert (tmp_path/'1/ocr.parquet').read_bytes() == (tmp_path/'3/ocr.parquet').read_bytes() and len(tables[0]) == 8
+def test_rows_do_not_depend_on_workers(ocr, folder, undisturbed, tmp_path):
+    table = ocr_clips(table_of(*folder.glob('*.mp4')), tmp_path, ocr, workers=3)
+    assert (tmp_path/'ocr.parquet').read_bytes() == undisturbed.read_bytes() and len(table) == 8
 
 
 RUN = """
@@ -194,6 +201,7 @@ import sys, time
 import filelock, pyarrow.parquet, rapidocr, tqdm
 from hatemm_clip import ocr as module, rows
 from hatemm_clip.base import read_table
+sys.path.append(sys.argv[3])
 from killing import kill_runs
 clips, append = read_table(sys.argv[1]), rows._append
 
@@ -204,29 +212,26 @@ def slowly(*args):
 def run(ready):
     rows._append = slowly
     ready()
-    module.ocr_clips(clips, sys.argv[2], fps=1., workers=1)
+    module.ocr_clips(clips, sys.argv[2], workers=1)
 print(kill_runs(run, times=6, longest=4.))
 """
 
 
-def test_killed_and_resumed_equals_undisturbed(ocr, folder, tmp_path):
+def test_killed_and_resumed_equals_undisturbed(ocr, folder, undisturbed, tmp_path):
     clips = table_of(*sorted(folder.glob('*.mp4')))
     more = {name: None for name in CLIPS.names if name not in clips}
     write_table(clips.assign(**more), tmp_path/'clips.parquet', CLIPS)
-    (tmp_path/'run.py').write_text(RUN)
-    done = subprocess.run([sys.executable, str(tmp_path/'run.py'), str(tmp_path/'clips.parquet'), str(tmp_path/'killed')],
-                          stdout=subprocess.PIPE, text=True, timeout=300, env=dict(os.environ, PYTHONPATH=f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"))
+    done = warm.run([sys.executable, '-c', RUN, tmp_path/'clips.parquet', tmp_path/'killed', Path(__file__).parent], timeout=300)
     assert int(done.stdout.split()[-1]) >= 3
-    for name in ('killed', 'calm'): ocr_clips(clips, tmp_path/name, ocr, fps=1.)
-    assert (tmp_path/'killed/ocr.parquet').read_bytes() == (tmp_path/'calm/ocr.parquet').read_bytes()
+    ocr_clips(clips, tmp_path/'killed', ocr)
+    assert (tmp_path/'killed/ocr.parquet').read_bytes() == undisturbed.read_bytes()
     assert not list((tmp_path/'killed').glob('*.journal'))
 
 
-def test_ray_gives_the_same_rows_although_an_actor_is_killed(ocr, folder, tmp_path, on_ray):
+def test_ray_gives_the_same_rows_although_an_actor_is_killed(ocr, folder, undisturbed, tmp_path, on_ray):
     clips = table_of(*folder.glob('*.mp4'))
-    local = ocr_clips(clips, tmp_path/'local', ocr)
     with killing_actor('_RayOcr') as killed: ray = ocr_clips(clips, tmp_path/'ray', ocr, engine='ray')
-    assert killed and ray.text.tolist() == local.text.tolist() and (tmp_path/'local/ocr.parquet').read_bytes() == (tmp_path/'ray/ocr.parquet').read_bytes()
+    assert killed and ray.text.tolist() == read_ocr(undisturbed).text.tolist() and (tmp_path/'ray/ocr.parquet').read_bytes() == undisturbed.read_bytes()
 
 
 @pytest.mark.parametrize('engine', ['local', 'ray'])

@@ -8,13 +8,16 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 
+N = 12  # clips; three of them hateful, one a fold
+
+
 @pytest.fixture(scope='module')
 def walk(demo, tmp_path_factory):
     "The page, run with its slow cells as a reader would follow it; gives its folder and the outputs by command."
     folder = tmp_path_factory.mktemp('own')/'project'
     nb = nbformat.read(ROOT/'nbs/98_own_videos.ipynb', 4)
     given = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
-    given.source = f"videos, folder, corpus = 24, {str(folder)!r}, {str(demo/'demo_data')!r}"
+    given.source = f"videos, folder, corpus = {N}, {str(folder)!r}, {str(demo/'demo_data')!r}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HATEMM_CELLS', 'slow')
         NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT/'nbs')))).execute()
@@ -29,13 +32,13 @@ def said(walk, command):
 def test_init_writes_beside_the_videos(walk):
     folder, _ = walk
     printed, params = said(walk, 'hatemm init'), (folder/'clips.yml').read_text()
-    assert 'clips.yml: 24 videos by labels.csv' in printed and printed.count('  hatemm ') == 3
+    assert f'clips.yml: {N} videos by labels.csv' in printed and printed.count('  hatemm ') == 3
     assert 'positive: hateful' in params and 'dataset: folder' in params and 'demo: false' in params
     assert re.search(r'^folds: [345] ', params, re.M)
 
 
 def test_check_finds_nothing_wrong(walk):
-    assert '24 videos' in said(walk, 'hatemm check') and 'error' not in said(walk, 'hatemm check')
+    assert f'{N} videos' in said(walk, 'hatemm check') and 'error' not in said(walk, 'hatemm check')
 
 
 def test_run_reaches_the_report(walk):
@@ -59,7 +62,7 @@ def test_the_bundle_scores_a_file_by_the_positive_class(walk, hatemm):
 
 def test_nothing_is_written_among_the_videos(walk):
     names = {p.suffix for p in (walk[0]/'clips').iterdir()}
-    assert names == {'.mp4', '.mkv', '.webm', '.avi', '.ts', '.csv'} and len(list((walk[0]/'clips').iterdir())) == 25
+    assert names == {'.mp4', '.mkv', '.webm', '.avi', '.ts', '.csv'} and len(list((walk[0]/'clips').iterdir())) == N + 1
 
 
 def test_videos_in_which_nobody_speaks_reach_the_report(tmp_path, capsys):

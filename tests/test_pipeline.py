@@ -17,7 +17,7 @@ HATEMM = [sys.executable, '-m', 'hatemm_clip']
 
 def kill_when(command, ready, limit=300):
     "Start a run and kill it as soon as `ready()`; its kernel, for a second, lives on, and the next run has to see to that."
-    process = warm.Fork(command, cwd=ROOT)
+    process = warm.Fork(command, cwd=ROOT, env=warm.cold())
     began = time.time()
     while not ready():
         assert process.poll() is None and time.time() - began < limit, 'the run ended before it could be killed'
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     "Two runs that were killed in the middle of a stage, and one that finished what they began."
     folder = tmp_path_factory.mktemp('killed')
     stages = ', '.join(STAGES)
-    (folder/'p.yml').write_text(f"data_dir: {folder/'demo'}\ndemo_videos: 24\nbatch_size: 4\nstages: [{stages}]\n40_fusion:\n  seeds: 2\n")
+    (folder/'p.yml').write_text(f"data_dir: {folder/'demo'}\ndemo_videos: 16\nbatch_size: 4\nstages: [{stages}]\n40_fusion:\n  seeds: 1\n")
     out = folder/'run'
     command = [*HATEMM, 'run', str(folder/'p.yml'), '--out', str(out)]
     making = out/'.making'
@@ -48,7 +48,7 @@ def test_nothing_is_lost_or_doubled(run):
     from hatemm_clip.features import open_store
     _, out, _, _ = run
     clips = pd.read_parquet(out/'clips.parquet').clip_id.sort_values().tolist()
-    assert len(clips) == 24
+    assert len(clips) == 16
     assert pd.read_parquet(out/'transcripts.parquet').clip_id.sort_values().tolist() == clips
     assert sorted(open_store(out/'features.lance').clip_ids()) == clips
 
@@ -77,7 +77,7 @@ def changed_run(run, text):
 def test_ctrl_c_is_one_line_and_leaves_the_old_result(run):
     _, out, _, _ = run
     before = (out/'predictions.parquet').read_bytes()
-    process = warm.Fork(changed_run(run, '  epochs: 61\n'), cwd=ROOT)
+    process = warm.Fork(changed_run(run, '  epochs: 61\n'), cwd=ROOT, env=warm.cold())
     kernel = out/'.making/40_fusion/.kernel.json'
     while not kernel.exists(): time.sleep(.05)
     time.sleep(2)

@@ -13,7 +13,7 @@ from conftest import ROOT, SHARED
 from demo import copy_run, small_corpus
 from killing import kill_runs
 
-from hatemm_clip.base import CLIPS, InputError, Run, read_table, table_hash, write_table
+from hatemm_clip.base import CLIPS, TRANSCRIPTS, InputError, Run, read_table, table_hash, write_table
 from hatemm_clip.moments import (
     make_searchable, moment_schema, nearest_moments, open_tables, read_about, sync_table, worded_moments, write_about)
 from hatemm_clip.ranking import compare_ranks, mean_ranks, measure_ranks, rank_items, read_captions, recall_at, retrieval_table
@@ -22,13 +22,34 @@ from hatemm_clip.retrieval import Index, IndexSettings, Query, fuse_ranks, index
 QUICK = IndexSettings(words='minilm', ocr=False, fps=.5)
 
 
+def keep_clips(run, clips, said):
+    "Make these the clips of a run; its store holds more."
+    for table in (run.clips, run.transcripts): table.unlink()
+    write_table(clips, run.clips, CLIPS, table_hash(clips[['clip_id']]))
+    write_table(said.drop(columns='inputs', errors='ignore'), run.transcripts, TRANSCRIPTS)
+
+
 @pytest.fixture(scope='module')
-def index(demo, tmp_path_factory): return index_folder(demo/'runs/notebook', tmp_path_factory.mktemp('index')/'ix')
+def run(demo, tmp_path_factory):
+    "Some two dozen clips of the demo's run, with those in which a violin or a cake is mentioned."
+    run = copy_run(demo, tmp_path_factory.mktemp('few')/'run', 'bundle')
+    clips, said = read_table(run.clips), read_table(run.transcripts)
+    wanted = {*clips.clip_id[:20], *said.clip_id[said.text.str.contains('violin|cake')]}
+    keep_clips(run, *(table[table.clip_id.isin(wanted)].reset_index(drop=True) for table in (clips, said)))
+    return run
+
+
+@pytest.fixture(scope='module')
+def index(run, tmp_path_factory): return index_folder(run.folder, tmp_path_factory.mktemp('index')/'ix')
+
+
+@pytest.fixture(scope='module')
+def found(index): return Index(index)
 
 
 def test_recall_grows_with_k_whatever_ties():
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(50):
         scores, n = rng.integers(0, rng.integers(1, 6), (9, 9)), rng.integers(1, 4)
         right = np.zeros((9, 9), bool)
         for row in right: row[rng.choice(9, n, replace=False)] = True
@@ -59,39 +80,38 @@ def test_published_captions():
     assert len(found) == 1000 and found.video_id.is_unique and found.video_id[0].startswith('video')
 
 
-def test_what_is_said_is_found_at_its_second(index, demo):
+def test_what_is_said_is_found_at_its_second(found, demo):
     truth = json.loads((demo/'demo_data/truth.json').read_text())['videos']
     video, sentence = next((v, s) for v in truth for s in v['sentences'] if s['kind'] == 'filler' and 'violin' in s['text'])
-    hits = Index(index).search(Query('she plays the violin', where=('said',), k=50))
+    hits = found.search(Query('she plays the violin', where=('said',), k=50))
     mine = next(h for h in hits if h['file'].endswith(video['video_file_name']))
     assert 'violin' in hits[0]['snippet'].lower() and abs(mine['time'] - sentence['start']) < 3 and mine['where'] == 'said'
     assert [h['score'] for h in hits] == sorted((h['score'] for h in hits), reverse=True) and len({h['file'] for h in hits}) == len(hits)
 
 
-def test_all_moments_of_a_file(index):
-    some = Index(index).search(Query('the museum opens', all_moments=True, k=40))
+def test_all_moments_of_a_file(found):
+    some = found.search(Query('the museum opens', all_moments=True, k=40))
     assert len(some) == 40 and len({h['file'] for h in some}) < 40
 
 
-def test_more_answers_than_there_are(index):
-    assert len(Index(index).search(Query('a boat', k=10_000))) <= 160
+def test_more_answers_than_there_are(found, run):
+    assert len(found.search(Query('a boat', k=10_000))) <= len(read_table(run.clips))
 
 
-def test_places_and_emotions(index):
-    found = Index(index)
+def test_places_and_emotions(found):
     assert {h['where'] for h in found.search(Query('blue hats', where=('seen',)))} == {'seen'}
     joy = found.search(Query(emotion='joy', where=('said',), k=5))
     assert all(max(h['emotion'], key=h['emotion'].get) == 'joy' for h in joy) and len(joy) == 5
 
 
-def test_like_a_file_and_not_itself(index, demo):
-    file = next((demo/'demo_data/hate_videos').glob('*.mp4'))
-    hits = Index(index).search(Query(like=str(file), k=5))
-    assert len(hits) == 5 and all(h['file'] != str(file) for h in hits) and {h['where'] for h in hits} == {'seen'}
+def test_like_a_file_and_not_itself(found, run):
+    file = read_table(run.clips).path[0]
+    hits = found.search(Query(like=file, k=5))
+    assert len(hits) == 5 and all(h['file'] != file for h in hits) and {h['where'] for h in hits} == {'seen'}
 
 
-def test_words_that_no_analyser_likes(index):
-    for text in ('"', 'a AND (', '*', "o'clock \\ ; --", 'word '*10_000, '冬'): assert isinstance(Index(index).search(Query(text, k=1)), list)
+def test_words_that_no_analyser_likes(found):
+    for text in ('"', 'a AND (', '*', "o'clock \\ ; --", 'word '*10_000, '冬'): assert isinstance(found.search(Query(text, k=1)), list)
 
 
 def test_another_encoder_is_refused(index, tmp_path):
@@ -103,39 +123,34 @@ def test_another_encoder_is_refused(index, tmp_path):
     with pytest.raises(InputError, match='other weights'): Index(copy).search(Query('a boat'))
 
 
-def test_deleted_and_changed_files_leave_the_index(demo, tmp_path):
-    run = copy_run(demo, tmp_path/'run', 'bundle')
-    index_folder(run.folder, tmp_path/'ix')
+def test_deleted_and_changed_files_leave_the_index(run, index, tmp_path):
+    copy, place = Run(shutil.copytree(run.folder, tmp_path/'run')), shutil.copytree(index, tmp_path/'ix')
     clips, said = read_table(run.clips), read_table(run.transcripts)
     gone, changed = clips.path[0], said.index[said.clip_id == clips.clip_id[1]][0]
     said.at[changed, 'segments'] = [dict(start=1., end=2., text='zebras dance on the roof')]
-    write_table(clips[1:], run.clips, CLIPS, table_hash(clips[['clip_id']][1:]))
-    said.drop(columns='inputs', errors='ignore').to_parquet(tmp_path/'said.parquet')
-    run.transcripts.unlink()
-    from hatemm_clip.base import TRANSCRIPTS
-    write_table(said, run.transcripts, TRANSCRIPTS)
-    index_folder(run.folder, tmp_path/'ix')
-    hits = Index(tmp_path/'ix').search(Query('zebras dance on the roof', k=500))
+    keep_clips(copy, clips[1:], said)
+    index_folder(copy.folder, place)
+    hits = Index(place).search(Query('zebras dance on the roof', k=500))
     assert hits[0]['file'] == clips.path[1] and hits[0]['time'] == pytest.approx(clips.start[1] + 1) and gone not in {h['file'] for h in hits}
 
 
-def test_killed_while_indexing(demo, tmp_path):
+def test_killed_while_indexing(run, tmp_path, monkeypatch):
     "Kills at random moments; then nothing is lost or doubled."
-    run = demo/'runs/notebook'
+    monkeypatch.setattr('hatemm_clip.moments._BATCH', 8)  # clips a commit: there are several
 
     def make(ready):
         ready()
-        index_folder(run, tmp_path/'ix')
+        index_folder(run.folder, tmp_path/'ix')
     kill_runs(make, 5, 3.)
-    index_folder(run, tmp_path/'ix')
+    index_folder(run.folder, tmp_path/'ix')
     database = lancedb.connect(str(tmp_path/'ix/moments'))
-    words, said = database.open_table('words').to_pandas(), read_table(Run(run).transcripts)
+    words, said = database.open_table('words').to_pandas(), read_table(run.transcripts)
     assert not words.duplicated(['clip_id', 'source', 'time', 'text']).any()
     assert set(words.clip_id) == {c for c, segments in zip(said.clip_id, said.segments) if any(s['text'].strip() for s in segments)}
 
 
-def test_two_writers_wait_for_each_other(demo, tmp_path):
-    code = f"from hatemm_clip.retrieval import index_folder; index_folder({str(demo/'runs/notebook')!r}, {str(tmp_path/'ix')!r})"
+def test_two_writers_wait_for_each_other(run, tmp_path):
+    code = f"from hatemm_clip.retrieval import index_folder; index_folder({str(run.folder)!r}, {str(tmp_path/'ix')!r})"
     both = [warm.Fork([sys.executable, '-c', code], cwd=ROOT) for _ in range(2)]
     ends = [p.communicate() for p in both]
     assert any(p.returncode == 0 for p in both) and all(p.returncode == 0 or 'another' in e for p, (_, e) in zip(both, ends))
@@ -145,30 +160,29 @@ def test_two_writers_wait_for_each_other(demo, tmp_path):
 
 def test_a_folder_of_videos(demo, tmp_path, capsys):
     "Made, brought up to date, with a file that cannot be used."
-    small_corpus(demo, tmp_path/'data', 12)
+    small_corpus(demo, tmp_path/'data', 6)
     (tmp_path/'data/hate_videos/broken.mp4').write_bytes(b'nothing')
     index_folder(tmp_path/'data', tmp_path/'ix', QUICK)
     assert 'left out:' in (first := capsys.readouterr().out) and 'broken.mp4' in first
     victim = next((tmp_path/'data/non_hate_videos').glob('*.mp4'))
     victim.unlink()
     index_folder(tmp_path/'data', tmp_path/'ix', QUICK)
-    assert '11 files in the index (seen: 0 new, 1 gone' in capsys.readouterr().out
+    assert '5 files in the index (seen: 0 new, 1 gone' in capsys.readouterr().out
     hits = Index(tmp_path/'ix').search(Query('people', k=99))
-    assert str(victim) not in {h['file'] for h in hits} and len(hits) == 11
+    assert str(victim) not in {h['file'] for h in hits} and len(hits) == 5
     with pytest.raises(InputError, match='was made with hatemm-tiny/demo, asked for ViT-B-32'): index_folder(tmp_path/'data', tmp_path/'ix', IndexSettings('ViT-B-32', ''))
 
 
-def test_an_index_elsewhere_has_the_same_rows(demo, tmp_path):
+def test_an_index_elsewhere_has_the_same_rows(run, index, found, tmp_path):
     "By a URI, made from a folder of this machine; searched with nothing but the URI."
-    uri, run = f'file://{tmp_path}/films', demo/'runs/notebook'
+    uri, run = f'file://{tmp_path}/films', run.folder
     with pytest.raises(InputError, match='name a folder for what the index is made from'): index_folder(run, uri)
     index_folder(run, uri, work=tmp_path/'work')
-    index_folder(run, tmp_path/'ix')
     rows = [open_tables(place).open_table('words').to_pandas().drop(columns=['vector', 'emotions'])
-            .sort_values(['clip_id', 'source', 'time'], ignore_index=True) for place in (uri, tmp_path/'ix/moments')]
+            .sort_values(['clip_id', 'source', 'time'], ignore_index=True) for place in (uri, index/'moments')]
     pd.testing.assert_frame_equal(*rows)
     asked = Query('somebody made a cake with apples', k=3)
-    assert Index(uri).search(asked) == Index(tmp_path/'ix').search(asked)
+    assert Index(uri).search(asked) == found.search(asked)
     with pytest.raises(InputError, match='not an index'): Index(f'file://{tmp_path}/nothing')
 
 
@@ -195,13 +209,13 @@ def test_names_with_quotes(demo, tmp_path):
     assert str(odd) not in {h['file'] for h in Index(tmp_path/'ix').search(Query('people', k=9))}
 
 
-def test_killed_between_rows_and_words(demo, tmp_path, monkeypatch):
+def test_killed_between_rows_and_words(run, tmp_path, monkeypatch):
     "The next run makes the index of words that the killed one did not come to."
     def killed(*_, **__): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr('hatemm_clip.moments.make_searchable', killed)
-        with pytest.raises(KeyboardInterrupt): index_folder(demo/'runs/notebook', tmp_path/'ix')
-    index_folder(demo/'runs/notebook', tmp_path/'ix')
+        with pytest.raises(KeyboardInterrupt): index_folder(run.folder, tmp_path/'ix')
+    index_folder(run.folder, tmp_path/'ix')
     assert worded_moments(open_tables(tmp_path/'ix/moments').open_table('words'), 'cake', 5)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -125,16 +124,17 @@ def test_threshold(bundle, films):
 def score(*args): return warm.Fork([sys.executable, '-m', 'hatemm_clip', 'score', *args], cwd=ROOT)
 
 
-def test_a_killed_run_goes_on(bundle, films, tmp_path):
+def test_a_killed_run_goes_on(bundle, tmp_path):
     "Once by Ctrl-C, which ends in a line, and once for good."
+    folder = tmp_path/'many'
+    folder.mkdir()
+    for i in range(60): sounding(folder/f'{i:02}.mp4', seconds=1., first=4*i)
     for n, end in enumerate([signal.SIGINT, signal.SIGKILL]):
-        folder, out = tmp_path/f'many{n}', tmp_path/f'scores{n}.jsonl'
-        folder.mkdir()
-        for i in range(60): sounding(folder/f'{i:02}.mp4', seconds=6., first=4*i)
+        out = tmp_path/f'scores{n}.jsonl'
         run, journal = score(bundle, folder, '--out', out, '--device', 'cpu'), Path(f'{out}.journal')
-        for _ in range(1200):
+        for _ in range(6000):
             if journal.exists() and journal.stat().st_size: break
-            time.sleep(.05)
+            time.sleep(.01)
         run.send_signal(end)
         told = run.communicate(timeout=60)[1].strip().splitlines()
         if end == signal.SIGINT: assert run.returncode == 130 and len(told) == 1 and told[0].startswith('stopped: '), told
@@ -146,12 +146,15 @@ def test_a_killed_run_goes_on(bundle, films, tmp_path):
         assert len(after) == 60 and not journal.exists() and all(after[r['file']] == r for r in before)
 
 
-def test_names_from_standard_input_and_a_missing_one(bundle, films, tmp_path):
+def test_names_from_standard_input_and_a_missing_one(bundle, films, tmp_path, monkeypatch, capsys):
+    from hatemm_clip import cli
     names = [str(films/'0.mp4'), str(films/'none.mp4')]
-    command = [sys.executable, '-m', 'hatemm_clip', 'score', bundle, '-', '--json', tmp_path/'a.json', '--device', 'cpu']
-    run = subprocess.run(command, input='\n'.join(names), capture_output=True, text=True, cwd=ROOT, timeout=120)
-    rows = json.loads((tmp_path/'a.json').read_text())
-    assert run.returncode == 1 and [r['file'] for r in rows] == names and run.stderr.count('no such file') == 1 and '1 scored' in run.stdout
+    command = ['hatemm', 'score', bundle, '-', '--json', tmp_path/'a.json', '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', list(map(str, command)))
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'.join(names)))
+    with pytest.raises(SystemExit) as end: cli.main()
+    rows, told = json.loads((tmp_path/'a.json').read_text()), capsys.readouterr()
+    assert end.value.code == 1 and [r['file'] for r in rows] == names and told.err.count('no such file') == 1 and '1 scored' in told.out
 
 
 def test_a_table_of_words(bundle, films, tmp_path):

@@ -18,6 +18,7 @@ from http.client import HTTPConnection, HTTPException
 import httpx
 import numpy as np
 import pytest
+import warm
 from PIL import Image, features
 from serving import load_toy, Running
 from starlette.testclient import TestClient
@@ -626,19 +627,18 @@ def port_free(port):
 
 
 @pytest.fixture(scope='module')
-def real(bundle, tmp_path_factory):
+def real(bundle):
     "The command, serving it; gives the port."
     port = next(p for p in (5000, 5001, 5002, 5003) if port_free(p))
-    with open(tmp_path_factory.mktemp('log')/'log', 'w') as log:
-        process = subprocess.Popen([sys.executable, '-m', 'hatemm_clip', 'serve', str(bundle), '--port', str(port), '--device', 'cpu'], stderr=log)
-        while process.poll() is None:
-            try:
-                if httpx.get(f'http://127.0.0.1:{port}/readyz').status_code == 200: break
-            except httpx.ConnectError: pass
-            time.sleep(.1)
-        yield port
-        process.terminate()
-        assert process.wait(30) == 0
+    process = warm.Fork([sys.executable, '-m', 'hatemm_clip', 'serve', str(bundle), '--port', str(port), '--device', 'cpu'])
+    while process.poll() is None:
+        try:
+            if httpx.get(f'http://127.0.0.1:{port}/readyz').status_code == 200: break
+        except httpx.ConnectError: pass
+        time.sleep(.1)
+    yield port
+    process.terminate()
+    assert process.wait(30) == 0
 
 
 @pytest.mark.skipif(not shutil.which('curl'), reason='needs curl')
