@@ -82,7 +82,7 @@ def test_no_video_label_reaches_a_condition_without_videos(sides, predictions):
     videos, memes, labels = sides
     flipped = join_sides(dataclasses.replace(videos, labels=1 - videos.labels), memes, labels)
     columns = ['prob', 'threshold']
-    before, after = (t[t.share == 0].set_index(KEYS)[columns].sort_index() for t in (predictions, study_transfer(flipped, SETTINGS)))
+    before, after = (t[t.share == 0].set_index(KEYS)[columns].sort_index() for t in (predictions, study_transfer(flipped, TransferSettings((1.,)))))
     pd.testing.assert_frame_equal(before, after)
 
 
@@ -91,9 +91,9 @@ def test_no_test_label_reaches_its_fold(sides, predictions):
     test = videos.split[0] == 'test'
     shuffled = videos.labels.copy()
     shuffled[test] = np.random.default_rng(1).permutation(shuffled[test])
-    other = study_transfer(join_sides(dataclasses.replace(videos, labels=shuffled), memes, labels), SETTINGS)
+    other = study_transfer(join_sides(dataclasses.replace(videos, labels=shuffled), memes, labels), dataclasses.replace(SETTINGS, draws=1))
     columns = ['prob', 'threshold', 'threshold_tuned']
-    before, after = (t[t.fold == 0].set_index(KEYS)[columns].sort_index() for t in (predictions, other))
+    before, after = (t[(t.fold == 0) & (t.seed == 0)].set_index(KEYS)[columns].sort_index() for t in (predictions, other))
     pd.testing.assert_frame_equal(before, after)
 
 
@@ -223,10 +223,10 @@ def test_adapters_learn_and_the_rest_stays(make, dtype):
 def test_a_large_model_enters_the_same_table(sides, predictions):
     from hatemm_clip.vlm import study_vlm, VlmSettings, VlmStudy
     videos, memes, labels = sides
-    few, some = np.arange(30), np.arange(40)
+    few, some = np.arange(18), np.arange(24)
     data = join_sides(dataclasses.replace(videos[few], split=deal_folds(videos.labels[few], videos.groups[few], 3, 0)), memes[some],
                       {k: v[some] for k, v in labels.items()})
-    study = VlmStudy(tiny_llava, 'tiny', data, coloured(30)[0], coloured(40)[0], DEFINITIONS['hatemm'], VlmSettings(accumulate=20))
+    study = VlmStudy(tiny_llava, 'tiny', data, coloured(18)[0], coloured(24)[0], DEFINITIONS['hatemm'], VlmSettings(accumulate=12))
     found = study_vlm(study)
     assert set(found.columns) == set(predictions.columns) and found.prob.notna().all()
     rows = summarise_transfer(pd.concat([predictions, found]), [], 20)['rows']
