@@ -57,6 +57,16 @@ def share_cpus(
     whole_thousandths = lambda share: int(1000*min(1, share, smallest/2))/1000
     return whole_thousandths(cpus/2), whole_thousandths(cpus/2/workers)
 
+# %% ../nbs/07_engines.ipynb #26ed425d
+def _init_ray(ray, tries=3):
+    "Start Ray where it is not up; a start that timed out is tried again."
+    if ray.is_initialized(): return
+    for left in reversed(range(tries)):
+        try: return ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+        except Exception as e:
+            ray.shutdown()
+            if not left or 'timed out' not in str(e): raise
+
 # %% ../nbs/07_engines.ipynb #39bab554
 def start_ray():  # the module ray.data
     "Attach to the Ray cluster that is up, or start Ray on this machine."
@@ -66,7 +76,7 @@ def start_ray():  # the module ray.data
     except ImportError as e:
         raise InputError("engine 'ray' needs Ray; pip install 'hatemm_clip[ray]', or use engine 'local'") from e
     import ray
-    try: ray.is_initialized() or ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    try: _init_ray(ray)
     except Exception as e:
         raise InputError(f"Ray did not start ({first_line(e, 90)}); try again when the machine is less busy, "
                          "or use engine 'local'") from e
