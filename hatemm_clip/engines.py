@@ -58,14 +58,13 @@ def share_cpus(
     return whole_thousandths(cpus/2), whole_thousandths(cpus/2/workers)
 
 # %% ../nbs/07_engines.ipynb #26ed425d
-def _init_ray(ray, tries=3):
-    "Start Ray where it is not up; a start that timed out is tried again."
+def _init_ray(ray):
+    "Start Ray where it is not up; a start that timed out is tried again, twice."
+    import tenacity as t
     if ray.is_initialized(): return
-    for left in reversed(range(tries)):
-        try: return ray.init(include_dashboard=False, log_to_driver=False, logging_level='ERROR')
-        except Exception as e:
-            ray.shutdown()
-            if not left or 'timed out' not in str(e): raise
+    again = t.retry_if_exception_message(match='(?s).*timed out')
+    tries = t.Retrying(stop=t.stop_after_attempt(3), retry=again, after=lambda _: ray.shutdown(), reraise=True)
+    tries(ray.init, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
 
 # %% ../nbs/07_engines.ipynb #39bab554
 def start_ray():  # the module ray.data

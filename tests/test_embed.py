@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hatemm_clip.base import InputError
-from hatemm_clip.frames import iter_frames, read_frames, sample_times
+from hatemm_clip.frames import read_frames
 from hatemm_clip.media import write_video
 from hatemm_clip import batching, encoders, frames as frames_module
-from hatemm_clip.encoders import CHUNK, Encoder, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
-from hatemm_clip.features import FeatureStore, pack_rows, export_features, features_info, format_info, open_store, read_features
+from hatemm_clip.encoders import CHUNK, encode_frames, encode_texts, load_encoder, preprocess_frames, read_inputs, text_windows, with_precision
+from hatemm_clip.features import pack_rows, export_features, features_info, format_info, open_store, read_features
 from hatemm_clip.frames import planned_frames, frame_plan
 from hatemm_clip.bench import bench_embed, bench_memory
 from hatemm_clip.embed import demo_run, embed_clips, embed_stores
@@ -234,7 +233,6 @@ def test_only_new_and_changed_clips_are_embedded(enc, videos, transcripts, tmp_p
 
 def test_a_store_of_old_is_read_and_made_anew(enc, videos, transcripts, tmp_path):
     import lancedb
-    import pyarrow as pa
     from hatemm_clip.base import CLIPS, write_table
     write_table(videos.assign(targets=[[]]*6, spans=[[]]*6, duration=videos.end, fps=5., width=96, height=64, has_audio=False, sha256=''), tmp_path/'clips.parquet', CLIPS)
     new = embed_clips(videos, transcripts, tmp_path/'new.lance', enc)

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from conftest import ROOT, SHARED
 
-from hatemm_clip.base import InputError
 from hatemm_clip.emotion import DESCRIPTIONS, EMOTIONS, clip_emotions, compound, count_words, describe_emotions, emotion_of, is_emotional, mean_emotions
 from hatemm_clip.encoders import load_encoder
 

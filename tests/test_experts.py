@@ -9,8 +9,8 @@ import pytest
 from hatemm_clip.base import InputError
 from hatemm_clip.classifier import explain, load_bundle, save_bundle
 from hatemm_clip.compare import summarise_runs
-from hatemm_clip.experts import COMBINED, CombinedClassifier, fit_expert, KINDS
-from hatemm_clip.features import export_features, make_features
+from hatemm_clip.experts import COMBINED, KINDS, CombinedClassifier, fit_expert
+from hatemm_clip.features import make_features
 from hatemm_clip.fusion import combine_heads, crossval, fit_bundle
 from hatemm_clip.lexical import copied_clips, find_copies, join_groups, lexical_features, read_texts, with_texts
 

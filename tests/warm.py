@@ -214,14 +214,16 @@ def end(command):
     os._exit(status)
 
 
+def found_first(): return [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
+
+
 if __name__ == '__main__':
-    found = set(os.environ.get('PYTHONPATH', '').split(':'))
-    libraries = [p for p in sys.path[1:] if p not in found]
+    libraries = [p for p in sys.path[1:] if p not in found_first()]
     listener = socket.socket(fileno=int(sys.argv[1]))
     if 0 in select.select([0, listener], [], [])[0]: sys.exit()  # nothing was asked for, so nothing is imported
     start_kernels_here()
     for name in LIBRARIES: importlib.import_module(name)
     gc.freeze()  # in no fork does the collector go through what is here
     command = serve(listener)
-    sys.path[:] = [os.getcwd(), *filter(None, os.environ.get('PYTHONPATH', '').split(':')), *libraries]
+    sys.path[:] = [os.getcwd(), *found_first(), *libraries]
     end(command)

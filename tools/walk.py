@@ -17,10 +17,10 @@ def shell(command):
     if done.returncode: raise RuntimeError(f'{command}: exit code {done.returncode}')
 
 
-def find_own_commands():
-    "Let this Python's commands be found, and its package from any folder."
-    own, found = str(Path(sys.executable).parent), os.environ['PATH'].split(os.pathsep)
-    if own not in found: os.environ['PATH'] = os.pathsep.join([own, *found])
+def put_own_commands_first():
+    "Make this Python's commands come first, and its package be found from any folder; in tests their forks stay before them."
+    own, found = Path(sys.executable).parent, shutil.which('hatemm')
+    if not found or Path(found).parent != ROOT/'tests/bin': os.environ['PATH'] = f"{own}{os.pathsep}{os.environ['PATH']}"
     given = os.environ.get('PYTHONPATH', '')
     if given: os.environ['PYTHONPATH'] = os.pathsep.join(str(Path(p).resolve()) for p in given.split(os.pathsep) if p)
 
@@ -49,7 +49,7 @@ def copy_results(run, target):
 
 def open_walk(folder='', run_dir=''):
     "Go to a folder, a temporary one where none is named, as a reader's terminal does; with a run, find it there as runs/demo."
-    find_own_commands()
+    put_own_commands_first()
     run = demo_bundle(run_dir) if run_dir else None
     folder = Path(folder or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
