@@ -30,14 +30,6 @@ def demo():
     return make_demo()
 
 
-@pytest.fixture(scope='module')
-def on_ray():
-    "Ray with as many CPUs as this machine has, as a stage starts it, and an end to it before the next file: its idle processes cost a fifth of a core."
-    ray = pytest.importorskip('ray', reason="engine 'ray' needs the extra hatemm_clip[ray]")
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope='session')
 def hatemm():
     "Run the `hatemm` command; gives the finished process."

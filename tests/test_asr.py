@@ -23,7 +23,6 @@ from hatemm_clip.sound import SR, read_audio
 from hatemm_clip.base import CLIPS, InputError, read_table, store_lock, write_table
 from hatemm_clip.demo import demo_clips, demo_words, random_sentence, read_truth, speak
 from films import sounding
-from killing import killing_actor
 
 GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
 
@@ -529,9 +528,3 @@ def test_subtitles_read_back(tmp_path):
     assert (folder/'a_b.vtt').read_text().endswith('1 &lt; 2 &amp; 3\n')
     import av
     with av.open(str(write_vtt(segments, tmp_path/'a.vtt'))) as container: assert len([p for p in container.demux() if p.size]) == 2
-
-
-def test_ray_gives_the_same_rows_although_an_actor_is_killed(corpus, undisturbed, tmp_path, on_ray):
-    with killing_actor('_RayAsr') as killed: got = transcribe_clips(corpus[0], tmp_path/'ray', one_by_one(), engine='ray')
-    assert got.equals(read_transcripts(undisturbed)) and not (tmp_path/'ray/transcripts.parquet.journal').exists()
-    assert len(killed) == 1

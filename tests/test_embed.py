@@ -27,7 +27,6 @@ from hatemm_clip.embed import demo_run, embed_clips, embed_stores
 from hatemm_clip.batching import embed_images, embed_items
 from hatemm_clip.base import store_lock
 from demo import copy_run
-from killing import killing_actor
 
 
 @pytest.fixture(scope='module')
@@ -569,11 +568,3 @@ def test_finetuned_weights_are_used_and_named(enc, tmp_path):
 def test_weights_that_do_not_fit_are_one_line(weights, config, told, tmp_path):
     with pytest.raises(InputError, match=told) as e: load_encoder(tuned(tmp_path/'a', weights, **config))
     assert '\n' not in str(e.value)
-
-
-def test_ray_gives_the_same_bytes_although_an_actor_is_killed(enc, tables, tmp_path, on_ray):
-    _, clips, said = tables
-    expected = columns(embed_clips(clips[:12], said[:12], tmp_path/'local.lance', enc, batch_size=4))
-    with killing_actor('_RayEncoder') as killed:
-        got = columns(embed_clips(clips[:12], said[:12], tmp_path/'ray.lance', enc, batch_size=4, engine='ray'))
-    assert got == expected and len(killed) == 1

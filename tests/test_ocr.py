@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import warm
-from killing import killing_actor
 from PIL import Image, ImageDraw, ImageFont
 from test_score import check_scored, write_bundle
 
@@ -228,19 +227,11 @@ def test_killed_and_resumed_equals_undisturbed(ocr, folder, undisturbed, tmp_pat
     assert not list((tmp_path/'killed').glob('*.journal'))
 
 
-def test_ray_gives_the_same_rows_although_an_actor_is_killed(ocr, folder, undisturbed, tmp_path, on_ray):
-    clips = table_of(*folder.glob('*.mp4'))
-    with killing_actor('_RayOcr') as killed: ray = ocr_clips(clips, tmp_path/'ray', ocr, engine='ray')
-    assert killed and ray.text.tolist() == read_ocr(undisturbed).text.tolist() and (tmp_path/'ray/ocr.parquet').read_bytes() == undisturbed.read_bytes()
-
-
-@pytest.mark.parametrize('engine', ['local', 'ray'])
-def test_words_become_a_modality_and_absent_is_a_mask(ocr, folder, tmp_path, engine, request):
-    if engine == 'ray': request.getfixturevalue('on_ray')
+def test_words_become_a_modality_and_absent_is_a_mask(ocr, folder, tmp_path):
     clips = table_of(folder/'apple.mp4', still(tmp_path/'blank.png'))
     words, enc = ocr_clips(clips, tmp_path, ocr, fps=1.), load_encoder(device='cpu')
     silent = pd.DataFrame([dict(clip_id=c, segments=[]) for c in clips.clip_id])
-    store = embed_clips(clips, silent, tmp_path/'a.lance', enc, ocr=words, engine=engine)
+    store = embed_clips(clips, silent, tmp_path/'a.lance', enc, ocr=words)
     rows = {row['clip_id']: row for row in store.read().to_pylist()}
     assert len(rows['apple']['ocr']) == 1 and rows['apple']['ocr_times'] == [0.] and rows['blank']['ocr'] == [] and rows['apple']['text'] == []
     spoken = embed_clips(clips, words, tmp_path/'b.lance', enc).read().to_pylist()  # the same words, spoken

@@ -2,7 +2,6 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
 
 import lancedb
 import numpy as np
@@ -184,18 +183,6 @@ def test_an_index_elsewhere_has_the_same_rows(run, index, found, tmp_path):
     asked = Query('somebody made a cake with apples', k=3)
     assert Index(uri).search(asked) == found.search(asked)
     with pytest.raises(InputError, match='not an index'): Index(f'file://{tmp_path}/nothing')
-
-
-def test_ray_makes_the_same_index(demo, tmp_path, on_ray):
-    small_corpus(demo, tmp_path/'data', 4)
-    there = {}
-    for engine in ('local', 'ray'):
-        place = index_folder(tmp_path/'data', tmp_path/engine, replace(QUICK, engine=engine))
-        tables = open_tables(place/'moments')
-        there[engine] = [tables.open_table(name).to_pandas().sort_values(['clip_id', 'time'], ignore_index=True) for name in ('frames', 'words')]
-    for local, ray in zip(*there.values()):
-        pd.testing.assert_frame_equal(local.drop(columns='vector'), ray.drop(columns='vector'))
-        np.testing.assert_allclose(np.stack(local.vector), np.stack(ray.vector), atol=1e-5)
 
 
 def test_names_with_quotes(demo, tmp_path):

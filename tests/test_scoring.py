@@ -198,11 +198,6 @@ def test_mistakes_cost_a_second_and_a_line(made, told, bundle, films, tmp_path, 
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: ') and told in lines[0], lines
 
 
-def test_ray_gives_the_same_rows(bundle, films, on_ray):
-    files = sorted(map(str, films.glob('*.mp4')))
-    assert score_files(bundle, files, device='cpu', engine='ray') == score_files(bundle, files, device='cpu')
-
-
 def changed(bundle, folder, **config):
     shutil.copytree(bundle, folder)
     made = json.loads((folder/'config.json').read_text())

@@ -200,14 +200,6 @@ def test_a_vector_does_not_depend_on_its_batch(pair, clips, transcripts):
     assert many['c1']['text'].shape == (2, 384) and many['c1']['image'].shape == (3, 1280)
 
 
-def test_ray_gives_the_same(pair, clips, transcripts, folder, tmp_path, monkeypatch, on_ray):
-    here = embed_clips(clips, transcripts, tmp_path/'here.lance', pair, precision='float32', workers=1)
-    monkeypatch.chdir(folder.parent)
-    own = load_encoder('lite0+mini', device='cpu')
-    there = embed_clips(clips, transcripts, tmp_path/'there.lance', own, precision='float32', workers=1, engine='ray')
-    assert here.read().drop_columns('inputs') == there.read().drop_columns('inputs')
-
-
 def test_a_store_of_another_width(pair, clips, transcripts, tmp_path):
     store = embed_clips(clips, transcripts, tmp_path/'a.lance', pair, precision='float32', workers=1)
     assert store.dims == dict(image=1280, text=384) and store.provenance['towers'] == pair.towers
