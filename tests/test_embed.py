@@ -59,7 +59,7 @@ def real_videos(shared): return sorted((shared/'data/videos').iterdir())
 def test_features_of_real_frames_agree_with_open_clip(enc, shared):
     import open_clip
     for file in real_videos(shared):
-        frames, _ = read_frames(file, fps=.5)
+        frames, _ = read_frames(file, fps=.2)
         preprocess = dict(enc.preprocess)
         for mode in ('squash', 'shortest'):
             preprocess['resize_mode'] = mode
