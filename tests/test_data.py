@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def corpus(tmp_path_factory): return make_corpus(tmp_path_factory.mktemp('corpus')/'demo', 24, 3)
+def corpus(tmp_path_factory): return make_corpus(tmp_path_factory.mktemp('corpus')/'demo', 16, 3)
 
 
 def test_same_bytes_twice_and_same_ids_elsewhere(corpus, tmp_path, capsys):
