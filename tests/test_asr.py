@@ -1,9 +1,11 @@
 "Transcripts: real clips, both backends, killed and resumed runs."
+import copy
 import os
 import signal
 import sys
 import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from hatemm_clip.base import CLIPS, InputError, read_table, store_lock, write_ta
 from hatemm_clip.demo import demo_clips, demo_words, random_sentence, read_truth, speak
 from films import sounding
 
+LONG = 'autoeditor_example'  # 42 s
 GRID = {'bbaf2n': 'bin blue at f 2 now', 'lbax4n': 'lay blue at x 4 now', 'sbwe5n': 'set blue with e 5 now', 'swiz3n': 'set white in z 3 now'}
 
 
@@ -33,9 +36,9 @@ def fast(): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1)
 
 @pytest.fixture(scope='module')
 def corpus(demo, tmp_path_factory):
-    "Eight clips of the demo as a table, the truth of all, and a folder that has the table."
+    "Six clips of the demo as a table, the truth of all, and a folder that has the table."
     folder = tmp_path_factory.mktemp('asr')
-    clips = read_table(demo/'runs/notebook/clips.parquet')[:8]
+    clips = read_table(demo/'runs/notebook/clips.parquet')[:6]
     write_table(clips, folder/'clips.parquet', CLIPS)
     return clips, read_truth(demo/'demo_data'), folder
 
@@ -50,6 +53,7 @@ def together(fast, sounds):
     return fast.transcribe(sounds)
 
 
+@lru_cache
 def one_by_one(threads=1): return load_asr('faster-whisper', 'tiny.en', 'cpu', threads=threads, batch_size=1)
 
 
@@ -60,11 +64,22 @@ def undisturbed(corpus):
     return corpus[2]/'undisturbed'
 
 
-def openai(shared, **options):
+@pytest.fixture(scope='module')
+def openai_whisper(shared):
     "The other backend, which writes up to 80 tokens a window, not 224: a loop has no other end."
-    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1, **options)
+    asr = load_asr('openai-whisper', str(shared/'models/whisper-tiny.en.pt'), 'cpu', threads=1)
     asr.net.dims.n_text_ctx = 160
     return asr
+
+
+@pytest.fixture
+def openai(openai_whisper):
+    "The same with another beam."
+    def call(beam_size):
+        asr = copy.copy(openai_whisper)
+        asr.beam_size = beam_size
+        return asr
+    return call
 
 
 @pytest.fixture(scope='module')
@@ -85,22 +100,37 @@ def check_real_clips(answers):
     nasa = answers['nasa_13013']
     assert 'telescope' in nasa['text'].lower() and 'web' in nasa['text'].lower() and not nasa['flags']
     assert answers['mdn_rabbit']['text'] == '' and answers['mdn_rabbit']['flags'] == ['no_speech'] and answers['mdn_rabbit']['segments'] == []
-    long = answers['autoeditor_example']
-    assert 'banana' in long['segments'][-1]['text'].lower() and long['segments'][-1]['start'] > 38
     for answer in answers.values():
         times = [t for s in answer['segments'] for t in (s['start'], s['end'])]
         assert times == sorted(times) and all(0 <= t <= 60 for t in times)
 
 
-def test_real_clips_with_faster_whisper(fast, videos): check_real_clips(dict(zip(videos, fast.transcribe(list(videos.values())))))
+def check_long_clip(answer):
+    last = answer['segments'][-1]
+    assert 'banana' in last['text'].lower() and last['start'] > 38
 
 
-@pytest.mark.parametrize('beam_size', [1, 2])
-def test_real_clips_with_openai_whisper(videos, shared, beam_size):
-    asr = openai(shared, beam_size=beam_size)
-    answers = asr.transcribe(list(videos.values()))
-    check_real_clips(dict(zip(videos, answers)))
-    assert {(a['backend'], a['model']) for a in answers} == {('openai-whisper', 'whisper-tiny.en')}
+def transcribe_all(asr, videos): return dict(zip(videos, asr.transcribe(list(videos.values()))))
+
+
+def test_real_clips_with_faster_whisper(fast, videos):
+    answers = transcribe_all(fast, videos)
+    check_real_clips(answers)
+    check_long_clip(answers[LONG])
+
+
+def test_real_clips_with_openai_whisper(videos, openai):
+    asr = openai(beam_size=1)
+    answers = transcribe_all(asr, videos)
+    check_real_clips(answers)
+    check_long_clip(answers[LONG])
+    assert {(a['backend'], a['model']) for a in answers.values()} == {('openai-whisper', 'whisper-tiny.en')}
+    assert asr.net.encoder.positional_embedding.shape[0] == 1500
+
+
+def test_short_real_clips_with_a_beam_of_openai_whisper(videos, openai):
+    asr = openai(beam_size=2)
+    check_real_clips(transcribe_all(asr, {name: audio for name, audio in videos.items() if name != LONG}))
     assert asr.net.encoder.positional_embedding.shape[0] == 1500
 
 
@@ -113,7 +143,7 @@ def test_an_answer_does_not_depend_on_the_batch(fast, sounds, together):
     assert [fast.transcribe([a])[0] for a in sounds[:2]] == together[:2]
     assert fast.transcribe(sounds[:1:-1])[::-1] == together[2:]
     small = load_asr('faster-whisper', 'tiny.en', 'cpu', threads=1, batch_size=2)
-    assert small.transcribe(sounds[:5]) == together[:5]
+    assert small.transcribe(sounds[:3]) == together[:3]
 
 
 def test_demo_sentences_are_understood_and_timed(corpus, together):
@@ -132,7 +162,7 @@ def in_order(segments, length):
 
 
 @pytest.mark.parametrize('backend, late', [('faster-whisper', 0.), ('faster-whisper', 2.5), ('openai-whisper', 2.5)])
-def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, fast, shared, tmp_path):
+def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, fast, openai, tmp_path):
     rng, begins = np.random.default_rng(3), [1., 7., 14.]
     said, wave = [random_sentence(kind, rng, 'pumpkins') for kind in ('friendly', 'hostile', 'counter')], np.zeros(48_000*20, np.float32)
     for begin, sentence in zip(begins, said):
@@ -141,7 +171,7 @@ def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, f
         at = int(48_000*begin)
         wave[at:at + len(spoken)] = spoken[:len(wave) - at]
     film = sounding(tmp_path/'late.mkv', seconds=20., offset=late, tracks=[wave[None]])
-    asr = fast if backend == 'faster-whisper' else openai(shared)
+    asr = fast if backend == 'faster-whisper' else openai(beam_size=5)
     audio = read_audio(film)
     segments = asr.transcribe([audio])[0]['segments']
     assert in_order(segments, len(audio)/SR)
@@ -149,15 +179,15 @@ def test_words_are_at_their_seconds_on_the_clock_of_the_picture(backend, late, f
 
 
 @pytest.mark.parametrize('backend', ['faster-whisper', 'openai-whisper'])
-def test_a_loop_over_noise_is_flagged_or_left_out(backend, fast, shared):
+def test_a_loop_over_noise_is_flagged_or_left_out(backend, fast, openai):
     "One phrase, again and again over noise, gives no endless text."
     phrase = speak('thank you for watching')
     phrase = np.interp(np.arange(0, len(phrase), 22_050/SR), np.arange(len(phrase)), phrase)
-    audio = np.tile(phrase, 12).astype(np.float32)
+    audio = np.tile(phrase, 8).astype(np.float32)
     audio += np.random.default_rng(0).normal(0, .05, len(audio)).astype(np.float32)
-    asr = fast if backend == 'faster-whisper' else openai(shared, beam_size=1)
+    asr = fast if backend == 'faster-whisper' else openai(beam_size=1)
     answer = asr.transcribe([audio])[0]
-    assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*14
+    assert in_order(answer['segments'], len(audio)/SR) and len(answer['text'].split()) <= 4*10
     assert 'repetition' in answer['flags']
 
 
@@ -300,14 +330,14 @@ def run(ready):
     rows._append = slowly
     ready()
     module.transcribe_clips(clips, sys.argv[2], asr=asr)
-print(kill_runs(run))
+print(kill_runs(run, times=6))
 """
 
 
-def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path):
+def test_killed_at_six_moments_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path):
     clips, _, folder = corpus
     done = warm.run([sys.executable, '-c', RUN, folder/'clips.parquet', tmp_path/'killed', Path(__file__).parent], timeout=300)
-    assert int(done.stdout.split()[-1]) >= 6
+    assert int(done.stdout.split()[-1]) >= 4
     transcribe_clips(clips, tmp_path/'killed', one_by_one())
     read = lambda folder: (folder/'transcripts.parquet').read_bytes()
     assert read(tmp_path/'killed') == read(undisturbed) and not list((tmp_path/'killed').glob('*.journal'))
@@ -351,38 +381,38 @@ def clips_read(monkeypatch):
 
 
 def test_what_failed_is_tried_again_and_nothing_else(fast, corpus, tmp_path, capsys, clips_read):
-    clips = corpus[0][:5].assign(path=[str(tmp_path/f'{i}.mp4') if i == 3 else p for i, p in enumerate(corpus[0].path[:5])])
-    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.2)) == 4 and len(clips_read) == 5
-    (tmp_path/'3.mp4').write_bytes(Path(corpus[0].path[3]).read_bytes())
-    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 5 and clips_read[5:] == [clips.clip_id[3]]
-    assert '1 of 5 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
+    clips = corpus[0][:3].assign(path=[str(tmp_path/f'{i}.mp4') if i == 1 else p for i, p in enumerate(corpus[0].path[:3])])
+    assert len(transcribe_clips(clips, tmp_path, asr=fast, max_failed=.34)) == 2 and len(clips_read) == 3
+    (tmp_path/'1.mp4').write_bytes(Path(corpus[0].path[1]).read_bytes())
+    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 3 and clips_read[3:] == [clips.clip_id[1]]
+    assert '1 of 3 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_transcripts.csv').exists()
     transcribe_clips(clips, tmp_path, asr=fast)
-    assert 'there already' in capsys.readouterr().out and len(clips_read) == 6
+    assert 'there already' in capsys.readouterr().out and len(clips_read) == 4
 
 
 def test_a_run_that_dies_between_its_files_forgets_no_clip(fast, corpus, tmp_path, monkeypatch):
-    clips = corpus[0][:4].assign(path=[str(tmp_path/'late.mp4'), *corpus[0].path[1:4]])
+    clips = corpus[0][:2].assign(path=[str(tmp_path/'late.mp4'), corpus[0].path[1]])
     transcribe_clips(clips, tmp_path, asr=fast, max_failed=.5)
     (tmp_path/'late.mp4').write_bytes(Path(corpus[0].path[0]).read_bytes())
     def dies(*args, **kwargs): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(rows, 'write_table', dies)
         with pytest.raises(InputError, match='No space left on device'): transcribe_clips(clips, tmp_path, asr=fast)
-    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 4
+    assert len(transcribe_clips(clips, tmp_path, asr=fast)) == 2
 
 
 def test_only_new_and_changed_clips_are_transcribed(fast, corpus, tmp_path, clips_read):
     clips = corpus[0].sort_values('clip_id', ignore_index=True)
-    transcribe_clips(clips[:3], tmp_path, asr=fast)
-    grown = transcribe_clips(clips[:5], tmp_path, asr=fast)
-    assert clips_read[3:] == clips.clip_id[3:5].tolist()
-    cut = clips[:5].assign(end=[2. if i == 2 else end for i, end in enumerate(clips.end[:5])])
+    transcribe_clips(clips[:2], tmp_path, asr=fast)
+    grown = transcribe_clips(clips[:4], tmp_path, asr=fast)
+    assert clips_read[2:] == clips.clip_id[2:4].tolist()
+    cut = clips[:4].assign(end=[2. if i == 1 else end for i, end in enumerate(clips.end[:4])])
     transcribe_clips(cut, tmp_path, asr=fast)
-    assert clips_read[5:] == [clips.clip_id[2]]
-    back = transcribe_clips(clips[:5], tmp_path, asr=fast)
-    assert back.equals(grown) and clips_read[6:] == [clips.clip_id[2]]
-    assert transcribe_clips(clips[:2], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:2].tolist() and len(clips_read) == 7
-    assert grown.equals(transcribe_clips(clips[:5], tmp_path/'fresh', asr=fast))
+    assert clips_read[4:] == [clips.clip_id[1]]
+    back = transcribe_clips(clips[:4], tmp_path, asr=fast)
+    assert back.equals(grown) and clips_read[5:] == [clips.clip_id[1]]
+    assert transcribe_clips(clips[:2], tmp_path, asr=fast).clip_id.tolist() == clips.clip_id[:2].tolist() and len(clips_read) == 6
+    assert grown.equals(transcribe_clips(clips[:4], tmp_path/'fresh', asr=fast))
 
 
 def test_sound_that_is_not_decoded_is_told(fast):
@@ -472,15 +502,15 @@ def test_a_journal_of_other_settings_starts_again(tmp_path, capsys):
 
 
 def test_failures_are_counted_with_a_reason(fast, corpus, tmp_path):
-    clips = corpus[0][:5].copy()
+    clips = corpus[0][:3].copy()
     broken = tmp_path/'broken.mp4'
     broken.write_bytes(b'nothing here')
     clips.loc[1, 'path'] = str(broken)
     clips.loc[2, 'path'] = str(tmp_path/'gone.mp4')
-    with pytest.raises(InputError, match='2 of 5 items failed'): transcribe_clips(clips, tmp_path, asr=fast)
-    table = transcribe_clips(clips, tmp_path, asr=fast, max_failed=.4)
+    with pytest.raises(InputError, match='2 of 3 items failed'): transcribe_clips(clips, tmp_path, asr=fast)
+    table = transcribe_clips(clips, tmp_path, asr=fast, max_failed=.7)
     failed = pd.read_csv(tmp_path/'failed_transcripts.csv')
-    assert len(table) == 3 and set(failed.clip_id) == set(clips.clip_id) - set(table.clip_id)
+    assert len(table) == 1 and set(failed.clip_id) == set(clips.clip_id) - set(table.clip_id)
     assert failed.error.str.contains('broken.mp4|gone.mp4').all()
 
 

@@ -224,19 +224,19 @@ def remux(source, target):
 
 
 @needs_shared
-def test_ninety_mutations_of_real_files(tmp_path):
+def test_sixty_mutations_of_real_files(tmp_path):
     "No crash, no hang, nothing filled up, and a result or a reason for each."
     rng, files = np.random.default_rng(0), []
     sources = [SHARED/'data/videos'/n for n in ('mdn_rabbit.mp4', 'grid_bbaf2n.mpg')] + [ODD/n for n in ('late_clock.ts', 'noduration.webm', 'latin1.avi')]
     sources.append(remux(ODD/'rot90.mp4', tmp_path/'remuxed.mkv'))
-    for i in range(90):
+    for i in range(60):
         source = sources[i % len(sources)]
         files.append(tmp_path/f'{i}{source.suffix}')
         files[-1].write_bytes(mutate(source.read_bytes(), rng, ('inverted', 'dropped', 'repeated', 'zeroed', 'cut')[i // len(sources) % 5]))
     rows = decode_all(files, timeout=60, n=4)
-    assert len(rows) == 90 and all(row['ok'] != bool(row['error']) for row in rows)
+    assert len(rows) == 60 and all(row['ok'] != bool(row['error']) for row in rows)
     assert not [row['error'] for row in rows if row['error'] and ('crashed' in row['error'] or 'not decoded after' in row['error'])]
-    assert sum(row['ok'] for row in rows) > 67
+    assert sum(row['ok'] for row in rows) > 44
     for row in rows:
         if row['ok']: assert 1 <= row['frames'] <= 4 and row['picture_duration'] < 200 and max(row['frame_times']) <= row['picture_duration']
 
@@ -284,6 +284,7 @@ def test_stages_go_on_past_bad_files(odd_set, tmp_path, capsys):
     from hatemm_clip.asr import transcribe_clips
     from hatemm_clip.embed import embed_clips
     from hatemm_clip.encoders import load_encoder
+    from hatemm_clip.speech import load_asr
     folder, names = odd_set
     with pytest.raises(InputError, match='holds no video, only audio'): prepare_data('folder', folder, tmp_path/'strict', folds=3)
     clips, _ = prepare_data('folder', folder, tmp_path, folds=3, max_failed=.1)
@@ -293,7 +294,7 @@ def test_stages_go_on_past_bad_files(odd_set, tmp_path, capsys):
     assert all(words in odd for words in ('audio_late', 'the sound begins 2.98 s after', 'trunc', 'the header says 6.0 s'))
     length = clips.set_index('video_id').end
     assert length['vfr'] > 9 and length['audio_long'] == pytest.approx(30, abs=.1) and length['trunc'] == pytest.approx(3, abs=.1)
-    texts = transcribe_clips(clips, tmp_path)
+    texts = transcribe_clips(clips, tmp_path, load_asr(device='cpu', threads=1, beam_size=1))
     store = embed_clips(clips, texts, tmp_path/'features.lance', load_encoder(), fps=2.)
     frames = dict(zip(store.column('clip_id'), map(len, store.column('image_times'))))
     frames = {v: frames[c] for v, c in zip(clips.video_id, clips.clip_id)}

@@ -44,16 +44,16 @@ def ocr(): return load_ocr()
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "Eight short videos, each with a caption of its own."
+    "Four short videos, each with a caption of its own."
     folder = tmp_path_factory.mktemp('ocr')
-    for i, word in enumerate('apple bread choir drums eagle flute grape hotel'.split()):
+    for i, word in enumerate('apple bread choir hotel'.split()):
         write_video(folder/f'{word}.mp4', [draw(f'THE {word.upper()} IS HERE')]*8 + [draw(f'number {i} is ready')]*8, 4)
     return folder
 
 
 @pytest.fixture(scope='module')
 def undisturbed(ocr, folder, tmp_path_factory):
-    "The table of all eight, made by one worker."
+    "The table of all four, made by one worker."
     out = tmp_path_factory.mktemp('undisturbed')
     ocr_clips(table_of(*sorted(folder.glob('*.mp4'))), out, ocr, workers=1)
     return out/'ocr.parquet'
@@ -92,8 +92,8 @@ def test_the_same_frame_is_not_read_again(ocr, tmp_path, pictures_read):
     film = write_video(tmp_path/'a.mp4', [draw('we are here')]*60, 10)
     found = read_words(film, ocr, fps=2.)
     assert (found['frames'], found['read'], len(pictures_read)) == (12, 1, 1) and found['segments'][0]['end'] == 6.
-    fade = write_video(tmp_path/'fade.mp4', [np.full((240, 320, 3), 4*i, np.uint8) for i in range(60)], 10)
-    assert 3 < read_words(fade, ocr, fps=5.)['read'] < 30  # slow changes add up
+    fade = write_video(tmp_path/'fade.mp4', [np.full((240, 320, 3), 4*i, np.uint8) for i in range(30)], 10)
+    assert 3 < read_words(fade, ocr, fps=5.)['read'] < 15  # slow changes add up
 
 
 def test_pictures_of_another_size_may_be_the_same():
@@ -118,8 +118,9 @@ def test_another_script_is_nothing_or_a_guess_and_never_a_crash(ocr, tmp_path, w
     assert row.text or 'unread' in row['flags']
 
 
-def test_a_large_picture_is_scaled_down_and_says_so(ocr, tmp_path, pictures_read):
-    found = read_words(still(tmp_path/'a.jpg', 'LARGE LETTERS', size=(6000, 4000), height=300), ocr)
+def test_a_large_picture_is_scaled_down_and_says_so(tmp_path, pictures_read):
+    ocr = load_ocr(longest=640)
+    found = read_words(still(tmp_path/'a.jpg', 'LARGE LETTERS', size=(1500, 1000), height=75), ocr)
     assert found['text'] == 'LARGE LETTERS' and found['flags'] == ['scaled_down'] and max(pictures_read[0]) == ocr.longest
 
 
@@ -177,22 +178,22 @@ def test_bad_settings_are_one_line(options, told):
 
 
 def test_failures_are_counted_and_only_they_are_tried_again(ocr, folder, tmp_path, capsys):
-    clips = table_of(*sorted(folder.glob('*.mp4'))[:3], tmp_path/'torn.mp4')
+    clips = table_of(*sorted(folder.glob('*.mp4'))[:2], tmp_path/'torn.mp4')
     (tmp_path/'torn.mp4').write_text('no video')
-    with pytest.raises(InputError, match='12_ocr: 1 of 4 items failed'): ocr_clips(clips, tmp_path, ocr)
-    assert len(ocr_clips(clips, tmp_path, ocr, max_failed=.5)) == 3
+    with pytest.raises(InputError, match='12_ocr: 1 of 3 items failed'): ocr_clips(clips, tmp_path, ocr)
+    assert len(ocr_clips(clips, tmp_path, ocr, max_failed=.5)) == 2
     assert pd.read_csv(tmp_path/'failed_ocr.csv').clip_id.tolist() == ['torn']
     (tmp_path/'torn.mp4').write_bytes((folder/'hotel.mp4').read_bytes())
     capsys.readouterr()
     table = ocr_clips(clips, tmp_path, ocr)
-    assert '1 of 4 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_ocr.csv').exists()
-    assert table.text.iloc[-1] == 'THE HOTEL IS HERE number 7 is ready' and table.model.iloc[0].startswith('PP-OCRv6')
+    assert '1 of 3 clips are new or have changed' in capsys.readouterr().out and not (tmp_path/'failed_ocr.csv').exists()
+    assert table.text.iloc[-1] == 'THE HOTEL IS HERE number 3 is ready' and table.model.iloc[0].startswith('PP-OCRv6')
     assert read_ocr(tmp_path).attrs['params']['weights_sha256'] == ocr.weights_sha256
 
 
 def test_rows_do_not_depend_on_workers(ocr, folder, undisturbed, tmp_path):
     table = ocr_clips(table_of(*folder.glob('*.mp4')), tmp_path, ocr, workers=3)
-    assert (tmp_path/'ocr.parquet').read_bytes() == undisturbed.read_bytes() and len(table) == 8
+    assert (tmp_path/'ocr.parquet').read_bytes() == undisturbed.read_bytes() and len(table) == 4
 
 
 RUN = """
@@ -212,7 +213,7 @@ def run(ready):
     rows._append = slowly
     ready()
     module.ocr_clips(clips, sys.argv[2], workers=1)
-print(kill_runs(run, times=6, longest=4.))
+print(kill_runs(run, times=6, longest=2.))
 """
 
 

@@ -18,6 +18,7 @@ from test_score import write_bundle
 
 from hatemm_clip.base import InputError
 from hatemm_clip.intake import Item
+from hatemm_clip.media import write_video
 from hatemm_clip.score import score_files
 from hatemm_clip.scorebook import FORMATS, read_scores
 from hatemm_clip.scorer import Scorer
@@ -128,7 +129,8 @@ def test_a_killed_run_goes_on(bundle, tmp_path):
     "Once by Ctrl-C, which ends in a line, and once for good."
     folder = tmp_path/'many'
     folder.mkdir()
-    for i in range(60): sounding(folder/f'{i:02}.mp4', seconds=1., first=4*i)
+    for i in range(4): sounding(folder/f'{i:02}.mp4', seconds=1., first=4*i)
+    for i in range(4, 60): write_video(folder/f'{i:02}.mp4', [np.full((64, 96, 3), 4*i, np.uint8)]*5, fps=5)
     for n, end in enumerate([signal.SIGINT, signal.SIGKILL]):
         out = tmp_path/f'scores{n}.jsonl'
         run, journal = score(bundle, folder, '--out', out, '--device', 'cpu'), Path(f'{out}.journal')

@@ -254,16 +254,26 @@ def test_encoders_command(hatemm, tmp_path):
 
 # Fine-tuning
 PARTS = np.where(np.arange(18) < 12, 'train', 'val')
-CONFIG = FinetuneConfig(encoder='lite0+minilm', epochs=2, batch_size=6, num_frames=1, num_windows=1, rank=4, dropout=0., patience=9, head_lr=3e-3)
+CONFIG = FinetuneConfig(epochs=2, lr=1e-5, batch_size=6, num_frames=1, num_windows=1, rank=4, dropout=0., patience=9, head_lr=3e-3)
 
 
 @pytest.fixture(scope='module')
-def toy(): return make_clip_data(18, size=224)
+def toy(): return make_clip_data(18, size=64)
+
+
+@pytest.fixture(scope='module')
+def light(folder):
+    "The name of two towers, lite0 beside a transformer of MiniLM's kind and words, but with two small layers of random weights."
+    from transformers import BertConfig, BertModel
+    torch.manual_seed(0)
+    own = Path(shutil.copytree(folder, folder.parent/'light', ignore=shutil.ignore_patterns('*.safetensors')))
+    BertModel(BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(own)
+    return f'lite0+{own}'
 
 
 @pytest.mark.parametrize('mode', MODES)
-def test_every_mode_trains_resumes_and_loads(mode, pair, toy, tmp_path):
-    config, stop = dataclasses.replace(CONFIG, mode=mode), RuntimeError('stop')
+def test_every_mode_trains_resumes_and_loads(mode, light, toy, tmp_path):
+    config, stop = dataclasses.replace(CONFIG, encoder=light, mode=mode), RuntimeError('stop')
 
     def stop_after_one(row):
         if row['epoch'] == 1: raise stop
@@ -272,18 +282,19 @@ def test_every_mode_trains_resumes_and_loads(mode, pair, toy, tmp_path):
     again = finetune(toy, PARTS, tmp_path/'again', config, 'cpu')
     losses = [d.history[['train_loss', 'val_loss']].values for d in (whole, again)]
     assert np.array_equal(*losses) and losses[0][-1, 0] < losses[0][0, 0]
-    tuned = load_encoder(str(whole.folder), device='cpu')
-    assert tuned.dims == pair.dims and not tuned.aligned and (tuned.weights_sha256 == pair.weights_sha256) == (mode == 'head')
-    same = encode_frames(tuned, frames()), encode_frames(pair, frames())
-    assert torch.equal(*same) == (mode == 'head') and torch.equal(encode_frames(load_encoder(str(again.folder), device='cpu'), frames()), same[0])
-    trained = dict(head=(0, 0), projection=(1280**2, 384**2)).get(mode)
+    before, tuned = load_encoder(light, device='cpu'), load_encoder(str(whole.folder), device='cpu')
+    assert tuned.dims == before.dims and not tuned.aligned and (tuned.weights_sha256 == before.weights_sha256) == (mode == 'head')
+    same = encode_frames(tuned, frames(size=64)), encode_frames(before, frames(size=64))
+    assert torch.equal(*same) == (mode == 'head')
+    assert torch.equal(encode_frames(load_encoder(str(again.folder), device='cpu'), frames(size=64)), same[0])
+    trained = dict(head=(0, 0), projection=(1280**2, 32**2)).get(mode)
     assert trained is None or tuple(whole.parameters.values()) == trained
 
 
-def test_other_towers_train_too(toy, tmp_path):
+def test_other_towers_train_too(light, toy, tmp_path):
     "The small CLIP's image tower beside MiniLM: its packed attention, and the blocks of `transformers`."
     small, config = make_clip_data(18), dataclasses.replace(CONFIG, encoder='hatemm-tiny+minilm', mode='lora', epochs=1)
     done = finetune(small, PARTS, tmp_path/'lora', config, 'cpu')
     assert min(done.parameters.values()) > 0 and load_encoder(str(done.folder), device='cpu').dims == dict(image=128, text=384)
     with pytest.raises(InputError, match='no attention layer in the image tower can take an adapter; use mode projection or full'):
-        finetune(toy, PARTS, tmp_path/'none', dataclasses.replace(CONFIG, targets='attention'), 'cpu')
+        finetune(toy, PARTS, tmp_path/'none', dataclasses.replace(CONFIG, encoder=light, targets='attention'), 'cpu')
