@@ -9,7 +9,7 @@ import papermill
 import warm
 from filelock import FileLock
 
-from hatemm_clip.base import Run, remove
+from hatemm_clip.base import Run, remove, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT/'tests/.cache'
@@ -51,6 +51,22 @@ def copy_run(clone, target, *leave_out):
     "The run of a clone under another name, without some of its files; files are links, since none is changed in place."
     ignore = shutil.ignore_patterns('*.lock', *leave_out)
     return Run(shutil.copytree(clone/'runs/notebook', target, copy_function=os.link, ignore=ignore))
+
+
+def first_clips(run, n):
+    "Cut a run to its first `n` clips: its tables and its store; the bundle stays that of all."
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from hatemm_clip.features import open_store
+    clips = pq.read_table(run.clips).slice(0, n)
+    for path, column in ((run.clips, 'clip_id'), (run.splits, 'video_id'), (run.transcripts, 'clip_id'), (run.predictions, 'clip_id')):
+        if not path.exists(): continue
+        table = pq.read_table(path)
+        with write_atomic(path) as part: pq.write_table(table.filter(pc.is_in(table[column], clips[column])), part)
+    names = ', '.join(f"'{name}'" for name in clips['clip_id'].to_pylist())
+    open_store(run.features).table.delete(f'clip_id not in ({names})')
+    return run
 
 
 def small_corpus(clone, target, n):

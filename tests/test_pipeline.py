@@ -31,14 +31,17 @@ def run(tmp_path_factory):
     "Two runs that were killed in the middle of a stage, and one that finished what they began."
     folder = tmp_path_factory.mktemp('killed')
     stages = ', '.join(STAGES)
-    (folder/'p.yml').write_text(f"data_dir: {folder/'demo'}\ndemo_videos: 16\nbatch_size: 4\nstages: [{stages}]\n40_fusion:\n  seeds: 1\n")
+    (folder/'p.yml').write_text(f"data_dir: {folder/'demo'}\ndemo_videos: 16\nbatch_size: 4\nstages: [{stages}]\n40_fusion:\n  seeds: 1\n  modalities: image+text\n")
     out = folder/'run'
     command = [*HATEMM, 'run', str(folder/'p.yml'), '--out', str(out)]
     making = out/'.making'
     journal = making/'10_asr/transcripts.parquet.journal'
-    kill_when(command, lambda: journal.exists() and journal.stat().st_size > 2000)
-    assert not (out/'transcripts.parquet').exists()
-    kill_when(command, lambda: (making/'20_embed/features.lance').exists())
+    for stage, ready in (('10_asr', lambda: journal.exists() and journal.stat().st_size > 2000),
+                         ('20_embed', lambda: (making/'20_embed/features.lance').exists())):
+        before = warm.run([*command, '--only', STAGES[STAGES.index(stage) - 1]], cwd=ROOT)
+        assert before.returncode == 0, before.stderr[-500:]
+        kill_when(command, ready)
+        assert not list(out.glob('transcripts.parquet' if stage == '10_asr' else '*.lance'))
     done = warm.run(command, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-500:]
     return folder, out, command, done.stdout

@@ -60,13 +60,13 @@ def test_defaults_lie_beside_the_notebooks(tmp_path, monkeypatch, known_by):
     for folder in (clone/'nbs', elsewhere): folder.mkdir(parents=True)
     shutil.copytree(ROOT/'hatemm_clip', clone/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('00_data', '20_embed'): shutil.copy(ROOT/f'nbs/{name}.ipynb', clone/'nbs')
-    cells = ['from hatemm_clip.base import leave_out_flagged\nfrom hatemm_clip.embed import demo_run', 'leave_out_flagged()',
-             "folder = demo_run('../runs/notebook', '../demo_data', 12)"]
+    cells = ['from hatemm_clip.base import leave_out_flagged\nfrom hatemm_clip.demo import demo_clips', 'leave_out_flagged()',
+             "demo_clips('../runs/notebook', '../demo_data', 12)"]
     monkeypatch.setenv('PYTHONPATH', str(clone))
     monkeypatch.setenv('JPY_SESSION_NAME', str(clone/'nbs/20_embed.ipynb') if known_by == 'JupyterLab' else '')
     nb = new_notebook(cells=[new_code_cell(c) for c in cells])
     NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(elsewhere)))).execute()
-    assert (clone/'runs/notebook/features.lance').is_dir() and (clone/'demo_data/truth.json').is_file()
+    assert (clone/'runs/notebook/clips.parquet').is_file() and (clone/'demo_data/truth.json').is_file()
     assert not list(elsewhere.iterdir()) and not (tmp_path/'some/runs').exists()
 
 
