@@ -7,7 +7,7 @@ __all__ = ['FLAGS', 'CLIPS', 'DEMOS', 'SPLITS', 'TRANSCRIPTS', 'OCR', 'PREDICTIO
            'SCHEMA_VERSION', 'InputError', 'first_line', 'reason_of', 'check_failures', 'progress', 'cell_flag',
            'notebook_files', 'stored_outputs', 'show_stored', 'notebook_home', 'leave_out_flagged', 'remove',
            'write_atomic', 'write_text', 'write_json', 'read_json', 'store_lock', 'no_room', 'write_table',
-           'read_table', 'file_sha256', 'table_hash', 'short_hash', 'Run']
+           'read_table', 'file_sha256', 'weights_sha256', 'table_hash', 'short_hash', 'Run']
 
 # %% ../nbs/000_base.ipynb #040ac27c
 import hashlib
@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -321,6 +322,18 @@ def file_sha256(
     with open(path, 'rb') as f:
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
+
+# %% ../nbs/000_base.ipynb #17618b8e
+@lru_cache
+def _once(path, size, changed): return file_sha256(path)
+
+
+def weights_sha256(
+    path: str | Path, # a large file, which every model made from it asks for
+) -> str: # 64 hex digits
+    "Hash a weights file, once a process while it is as it was."
+    stat = os.stat(path)
+    return _once(str(path), stat.st_size, stat.st_mtime_ns)
 
 # %% ../nbs/000_base.ipynb #1e034904
 def table_hash(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VAD_THRESHOLD', 'PAUSE', 'TINY_EN_SHA256', 'BACKENDS', 'speech_spans', 'cut_windows', 'padded_seconds', 'place_text',
-           'split_segments', 'weights_sha256', 'find_ct2_model', 'find_openai_model', 'compression_ratio',
-           'is_stock_phrase', 'missed_speech', 'window_flags', 'make_batches', 'capped_words', 'Asr', 'FasterWhisper',
-           'OpenAIWhisper', 'load_asr', 'plot_transcript', 'asr_of']
+           'split_segments', 'find_ct2_model', 'find_openai_model', 'compression_ratio', 'is_stock_phrase',
+           'missed_speech', 'window_flags', 'make_batches', 'capped_words', 'Asr', 'FasterWhisper', 'OpenAIWhisper',
+           'load_asr', 'plot_transcript', 'asr_of']
 
 # %% ../nbs/08_speech.ipynb #015d20d1
 import os
@@ -15,13 +15,12 @@ import socket
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from .base import InputError, file_sha256, first_line
+from .base import InputError, first_line, weights_sha256
 from .sound import SR
 
 # %% ../nbs/08_speech.ipynb #5a82851b
@@ -149,18 +148,6 @@ def split_segments(
 TINY_EN_SHA256 = '1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a'
 BACKENDS = ('faster-whisper', 'openai-whisper')
 _MODULES = {'faster-whisper': 'faster_whisper', 'openai-whisper': 'whisper'}
-
-
-@lru_cache
-def _sha256(path, size, changed): return file_sha256(path)
-
-# %% ../nbs/08_speech.ipynb #bd8e27f3
-def weights_sha256(
-    path: str | Path, # a weights file
-) -> str: # 64 hex digits
-    "Hash a weights file, once a process."
-    stat = os.stat(path)
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
 # %% ../nbs/08_speech.ipynb #af8e8e5a
 def _missing(model, backend, reason):

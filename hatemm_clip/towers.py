@@ -19,8 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .base import file_sha256, first_line, InputError, short_hash
-from .speech import weights_sha256
+from .base import file_sha256, first_line, InputError, short_hash, weights_sha256
 
 # %% ../nbs/17_towers.ipynb #3dfcc117
 class Wheel(NamedTuple):

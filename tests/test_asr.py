@@ -330,14 +330,14 @@ def run(ready):
     rows._append = slowly
     ready()
     module.transcribe_clips(clips, sys.argv[2], asr=asr)
-print(kill_runs(run, times=6))
+print(kill_runs(run))
 """
 
 
-def test_killed_at_six_moments_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path):
+def test_killed_at_ten_moments_and_resumed_equals_undisturbed(corpus, undisturbed, tmp_path):
     clips, _, folder = corpus
     done = warm.run([sys.executable, '-c', RUN, folder/'clips.parquet', tmp_path/'killed', Path(__file__).parent], timeout=300)
-    assert int(done.stdout.split()[-1]) >= 4
+    assert int(done.stdout.split()[-1]) >= 6
     transcribe_clips(clips, tmp_path/'killed', one_by_one())
     read = lambda folder: (folder/'transcripts.parquet').read_bytes()
     assert read(tmp_path/'killed') == read(undisturbed) and not list((tmp_path/'killed').glob('*.journal'))

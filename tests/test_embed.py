@@ -381,7 +381,7 @@ def run(ready):
     batching.encode_frames = slowly
     ready()
     embed_clips(clips, transcripts, sys.argv[2], encoder, batch_size=4, commit_every=3)
-print(kill_runs(run, times=6))
+print(kill_runs(run))
 """
 
 
@@ -401,7 +401,7 @@ def tables(videos, transcripts, tmp_path_factory):
     return folder, clips, said
 
 
-def test_killed_at_six_moments_and_resumed_equals_undisturbed(enc, tables, tmp_path):
+def test_killed_at_ten_moments_and_resumed_equals_undisturbed(enc, tables, tmp_path):
     folder, clips, said = tables
     expected = columns(embed_clips(clips, said, tmp_path/'calm.lance', enc, batch_size=4))
     target = tmp_path/'killed.lance'
@@ -409,7 +409,7 @@ def test_killed_at_six_moments_and_resumed_equals_undisturbed(enc, tables, tmp_p
     killed = int(done.stdout.split()[-1])
     ids = open_store(target).clip_ids()  # what is there is whole, and once
     assert len(ids) == len(set(ids)) and set(ids) <= set(clips.clip_id)
-    assert killed >= 2
+    assert killed >= 3
     assert columns(embed_clips(clips, said, target, enc, batch_size=4)) == expected
 
 
