@@ -469,7 +469,7 @@ def encode_texts(
     "Embed texts."
     _check_tower(encoder, 'text')
     if not texts: return torch.zeros(0, encoder.dims['text'])
-    return encode_tokens(encoder, encoder.tokenizer(texts))
+    return encode_tokens(encoder, shorten_tokens(encoder, encoder.tokenizer(texts)))
 
 # %% ../nbs/18_encoders.ipynb #7865e60a
 AUDIO = ('', 'mfcc', 'whisper')

@@ -121,10 +121,23 @@ def inner_folds(
     return list(dealer.split(labels, labels, groups))
 
 # %% ../nbs/37_experts.ipynb #57601a04
-def _cross_scores(model, x, labels, folds): # gives (n, 1) or (n, C)
+def _in_steps(model):
+    "What prepares a model's inputs, None where nothing does, and the model that takes them."
+    from sklearn.pipeline import Pipeline
+    return (model[:-1], model[-1]) if isinstance(model, Pipeline) else (None, model)
+
+
+def _prepared(kind, x, labels, folds):
+    "Inputs of a kind's models on each inner fold, whatever the setting: of rows trained on, and of rows asked."
+    for trained, asked in folds:
+        prepare = _in_steps(kind.make(kind.settings[0]))[0]
+        if prepare is None: yield x[trained], x[asked]
+        else: yield fit_words(prepare, x[trained], labels[trained], 'fit_transform'), prepare.transform(x[asked])
+
+# %% ../nbs/37_experts.ipynb #33d2dc1b
+def _cross_scores(model, inputs, labels, folds): # inputs from `_prepared`; gives (n, 1) or (n, C)
     "Out-of-fold scores: of each row, by a model that was not trained on it."
-    models = [fit_words(clone(model), x[trained], labels[trained]) for trained, _ in folds]
-    found = [decision_scores(m, x[asked]) for m, (_, asked) in zip(models, folds)]
+    found = [decision_scores(clone(model).fit(seen, labels[trained]), new) for (seen, new), (trained, _) in zip(inputs, folds)]
     scores = np.zeros((len(labels), found[0].shape[1]))
     scores[np.concatenate([asked for _, asked in folds])] = np.concatenate(found)
     return scores
@@ -153,8 +166,9 @@ def fit_kind(
     "Choose a model's setting and scale on inner folds, and fit it on all rows."
     from sklearn.metrics import log_loss
     folds, tried = inner_folds(labels, groups, seed), []
+    inputs = list(_prepared(kind, x, labels, folds))
     for setting in kind.settings:
-        inner = _cross_scores(kind.make(setting), x, labels, folds)
+        inner = _cross_scores(_in_steps(kind.make(setting))[1], inputs, labels, folds)
         scale = _platt(inner, labels)
         tried.append((log_loss(labels, scale.predict_proba(inner)), setting, inner, scale))
     _, setting, inner, scale = min(tried, key=lambda t: t[0])

@@ -71,9 +71,10 @@ def fit_words(
     model, # of scikit-learn, unfitted, of texts or of anything else
     x, # what it takes, N rows
     labels=None, # int (N,), where it wants them
-): # the model, fitted
+    method: str = 'fit', # or fit_transform
+): # what the method gives: the model, fitted
     "Fit a model that may count words, or say why there is nothing to count."
-    try: return model.fit(x, labels)
+    try: return getattr(model, method)(x, labels)
     except ValueError as e:
         if not any(sign in str(e).lower() for sign in ('no terms remain', 'empty vocabulary')): raise
         raise InputError(f'no word occurs in two of {len(x)} texts, so there is nothing to learn from words; '

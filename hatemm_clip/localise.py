@@ -317,9 +317,11 @@ def cause_rocs(
     videos = found.moments.videos
     if 'causes' not in videos: return pd.DataFrame()
     causes, table = dict(zip(found.moments.features.ids, videos.causes)), {}
-    for (run, clip), rows in found.timeline.groupby(['run', 'clip_id'], sort=False):
-        wide = rows.pivot_table(index='t', columns='seed', values='prob')
-        rocs = _rocs_by_cause(causes[clip], wide.index.to_numpy(), wide.to_numpy().T)
+    wide = found.timeline.pivot_table(index=['run', 'clip_id', 't'], columns='seed', values='prob')
+    curves = dict(iter(wide.groupby(level=['run', 'clip_id'])))
+    for run, clip in found.timeline[['run', 'clip_id']].drop_duplicates().itertuples(index=False):
+        rows = curves[run, clip].dropna(axis=1, how='all')
+        rocs = _rocs_by_cause(causes[clip], rows.index.get_level_values('t').to_numpy(), rows.to_numpy().T)
         for cause, roc in rocs: table.setdefault((run, cause), []).append(roc)
     if not table: return pd.DataFrame()
     return pd.Series({k: np.mean(v) for k, v in table.items()}).unstack().reindex(dict.fromkeys(r for r, _ in table))

@@ -326,7 +326,7 @@ def text_scores(
 ) -> tuple[np.ndarray, list]: # score of each query and file, (Q, N); the files
     "What is said, ranked for many queries in one of three ways."
     files = sorted(set(read_columns(index.words, 'file')[0]))
-    vectors = encode_texts(index.sentences, queries).numpy().astype(np.float32)
+    vectors = encode_texts(index.sentences, queries).numpy() if by != 'words' else [None]*len(queries)
     scores = np.zeros((len(queries), len(files)))
     for i, (text, vector) in enumerate(zip(queries, vectors)):
         near = nearest_moments(index.words, vector, len(files)*8) if by != 'words' else []
