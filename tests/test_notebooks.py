@@ -29,6 +29,7 @@ def test_first_stages(name, made, demo, tmp_path_factory):
     "Each makes its results for a few videos, from what the stage before it made."
     folder = tmp_path_factory.getbasetemp()/'first_stages'
     if not folder.exists(): small_corpus(demo, folder/'data', 24)
+    if name == '12_ocr': first_clips(Run(folder/'run'), 8)
     more = dict(fps=.1) if name == '12_ocr' else {}  # a frame a clip
     run_notebook(name, folder/'run', folder/'data', **more)
     assert (folder/'run'/made).exists()
