@@ -30,6 +30,14 @@ def on_ray():
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def another_after_a_failure(request):
+    "What a failed test leaves on Ray may hold its CPUs for good; the next test starts another."
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed: ray.shutdown()
+
+
 @pytest.fixture(scope='module')
 def run(demo): return demo/'runs/notebook'
 
