@@ -325,15 +325,15 @@ def file_sha256(
 
 # %% ../nbs/000_base.ipynb #17618b8e
 @lru_cache
-def _once(path, size, changed): return file_sha256(path)
+def _sha256_of(path, size, changed): return file_sha256(path)
 
 
 def weights_sha256(
-    path: str | Path, # a large file, which every model made from it asks for
+    path: str | Path, # a weights file
 ) -> str: # 64 hex digits
-    "Hash a weights file, once a process while it is as it was."
+    "Hash a weights file, once a process unless its size or time changes."
     stat = os.stat(path)
-    return _once(str(path), stat.st_size, stat.st_mtime_ns)
+    return _sha256_of(str(path), stat.st_size, stat.st_mtime_ns)
 
 # %% ../nbs/000_base.ipynb #1e034904
 def table_hash(

@@ -35,13 +35,14 @@ def run(tmp_path_factory):
     out = folder/'run'
     command = [*HATEMM, 'run', str(folder/'p.yml'), '--out', str(out)]
     making = out/'.making'
-    journal = making/'10_asr/transcripts.parquet.journal'
-    for stage, ready in (('10_asr', lambda: journal.exists() and journal.stat().st_size > 2000),
-                         ('20_embed', lambda: (making/'20_embed/features.lance').exists())):
-        before = warm.run([*command, '--only', STAGES[STAGES.index(stage) - 1]], cwd=ROOT)
+    journal, store = making/'10_asr/transcripts.parquet.journal', making/'20_embed/features.lance'
+    killed = [('00_data', 'transcripts.parquet', lambda: journal.exists() and journal.stat().st_size > 2000),
+              ('10_asr', 'features.lance', store.exists)]
+    for done_before, made, ready in killed:
+        before = warm.run([*command, '--only', done_before], cwd=ROOT)
         assert before.returncode == 0, before.stderr[-500:]
         kill_when(command, ready)
-        assert not list(out.glob('transcripts.parquet' if stage == '10_asr' else '*.lance'))
+        assert not (out/made).exists()
     done = warm.run(command, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-500:]
     return folder, out, command, done.stdout
