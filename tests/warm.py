@@ -24,10 +24,11 @@ import tempfile
 import threading
 import types
 import warnings
+import weakref
 
 LIBRARIES = ['torch', 'torch._dynamo', 'torchvision', 'pandas', 'sklearn.linear_model', 'sklearn.ensemble', 'scipy.stats', 'matplotlib.pyplot', 'seaborn',
              'pyarrow.parquet', 'lancedb', 'av', 'transformers', 'transformers.models.auto', 'open_clip', 'whisper', 'faster_whisper',
-             'IPython', 'ipykernel.kernelapp', 'papermill', 'peft', 'fastapi']
+             'IPython', 'ipykernel.kernelapp', 'ipykernel.debugger', 'papermill', 'peft', 'fastapi']
 ADDRESS = 'HATEMM_TESTS_FORK_AT'  # variable with the place of the server's socket; what starts without it starts its own processes cold
 LONGEST = 1 << 20  # bytes of a message
 
@@ -214,6 +215,15 @@ def end(command):
     os._exit(status)
 
 
+def import_libraries():
+    "What the forks have from the start. None of them collects it as garbage or takes it apart at its end."
+    for name in LIBRARIES: importlib.import_module(name)
+    nbformat = sys.modules['nbformat']
+    nbformat.validate(nbformat.v4.new_notebook())  # the first time compiles a schema
+    for held in weakref.finalize._registry: held.atexit = False
+    gc.freeze()
+
+
 def found_first(): return [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
 
 
@@ -222,8 +232,7 @@ if __name__ == '__main__':
     listener = socket.socket(fileno=int(sys.argv[1]))
     if 0 in select.select([0, listener], [], [])[0]: sys.exit()  # nothing was asked for, so nothing is imported
     start_kernels_here()
-    for name in LIBRARIES: importlib.import_module(name)
-    gc.freeze()  # in no fork does the collector go through what is here
+    import_libraries()
     command = serve(listener)
     sys.path[:] = [os.getcwd(), *found_first(), *libraries]
     end(command)
