@@ -11,7 +11,8 @@ from demo import make_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'
-os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1', OMP_NUM_THREADS='1', LOKY_MAX_CPU_COUNT='1')  # two test processes share the cores
+os.environ.update(HF_HUB_OFFLINE='1', JUPYTER_PLATFORM_DIRS='1', TQDM_DISABLE='1', OMP_NUM_THREADS='1', LOKY_MAX_CPU_COUNT='1',  # two test processes share the cores
+                  PYDEVD_DISABLE_FILE_VALIDATION='1')
 if warm.ADDRESS not in os.environ:  # one server for all processes of a session, and one compilation, which PYTHONDONTWRITEBYTECODE would leave to each
     compileall.compile_dir(ROOT/'hatemm_clip', quiet=1)
     SERVER = warm.start_server()
