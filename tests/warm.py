@@ -31,6 +31,7 @@ LIBRARIES = ['torch', 'torch._dynamo', 'torchvision', 'pandas', 'sklearn.linear_
              'IPython', 'ipykernel.kernelapp', 'ipykernel.debugger', 'papermill', 'peft', 'fastapi']
 ADDRESS = 'HATEMM_TESTS_FORK_AT'  # variable with the place of the server's socket; what starts without it starts its own processes cold
 LONGEST = 1 << 20  # bytes of a message
+gc.set_threshold(20_000)  # new objects between two collections; 700 are for programs that are small
 
 
 def open_socket(): return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a message comes whole or not at all
