@@ -20,11 +20,11 @@ import numpy as np
 from .base import InputError, reason_of, write_atomic
 
 # %% ../nbs/001_media.ipynb #4c4309b1
-def _video_stream(out, frame, fps, crf, gop):
-    "A stream for frames of this size."
+def _video_stream(out, picture, fps, crf, gop):
+    "A stream for pictures of this size."
     options = dict(crf=str(crf), preset='ultrafast', threads='1', g=str(gop))
     stream = out.add_stream('libx264', rate=fps, options=options)
-    stream.height, stream.width = frame.shape[:2]
+    stream.height, stream.width = picture.height, picture.width
     stream.pix_fmt = 'yuv420p'
     return stream
 
@@ -36,6 +36,18 @@ def _mux_sound(out, stream, audio, sr):
     block.sample_rate = sr
     out.mux(stream.encode(block))
     out.mux(stream.encode(None))
+
+# %% ../nbs/001_media.ipynb #6383e785
+def _converted(frames):
+    "Each frame as a picture for the encoder; one that is shown for a while is converted once."
+    import av
+    converter, shown = av.video.reformatter.VideoReformatter(), None
+    for frame in frames:
+        if not np.array_equal(frame, shown):
+            shown = frame.copy()  # whoever draws frames may draw the next into the same array
+            picture = converter.reformat(av.VideoFrame.from_ndarray(frame, format='rgb24'), format='yuv420p')
+        picture.pts = None  # the encoder gives each its own
+        yield picture
 
 # %% ../nbs/001_media.ipynb #486690dc
 SPEECH_SR = 22_050  # Hz, of synthesised speech
@@ -54,11 +66,10 @@ def write_video(
     import av
     with write_atomic(path) as part, av.open(str(part), 'w', format='mp4') as out:
         sound = None if audio is None else out.add_stream('aac', rate=sr, layout='mono', bit_rate=48_000)
-        video, converter = None, av.video.reformatter.VideoReformatter()
-        for frame in frames:
-            if video is None: video = _video_stream(out, frame, fps, crf, gop)
-            picture = av.VideoFrame.from_ndarray(frame, format='rgb24')
-            out.mux(video.encode(converter.reformat(picture, format='yuv420p')))
+        video = None
+        for picture in _converted(frames):
+            if video is None: video = _video_stream(out, picture, fps, crf, gop)
+            out.mux(video.encode(picture))
         if video is not None: out.mux(video.encode(None))
         if sound is not None: _mux_sound(out, sound, audio, sr)
     return Path(path)
