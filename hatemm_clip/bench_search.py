@@ -205,6 +205,9 @@ def _elsewhere(call, way, world, folder, *more):
     if done.returncode: raise RuntimeError(f'{way}: {done.stderr.strip().splitlines()[-1]}')
     return json.loads(done.stdout.splitlines()[-1])
 
+
+def _here(call, way, world, folder, *more): return globals()[call](way, world, Path(folder), *more)
+
 # %% ../nbs/94_bench_search.ipynb #eae4c05a
 def _recall(found, exact):
     "Share of the nearest that were found."
@@ -275,15 +278,17 @@ def bench_search(
     n: int = 100, # queries of each kind
     ways: list[str] | None = None, # some of WAYS; None: all whose package is there
     hybrid: int = 10_000, # queries by vector and word
+    apart: bool = True, # each step in a process of its own, for its memory; else all in this one
 ) -> dict: # name, machine, rows of what, value, unit; ratios
     "Compare ways to find the nearest of a million."
     ways = ways or [way for way in WAYS if way != 'FAISS IVF-SQ8' or find_spec('faiss')]
+    call = _elsewhere if apart else _here
     exact, rows, asked = exact_nearest(world, world.queries(n))[0], [], {}
     for way in ways:
         with tempfile.TemporaryDirectory() as folder:
-            built = _elsewhere('build_alone', way, world, folder)
+            built = call('build_alone', way, world, folder)
             step = 5 if way in _SCANS else 1
-            asked[way] = _elsewhere('ask_alone', way, world, folder, n, step)
+            asked[way] = call('ask_alone', way, world, folder, n, step)
             rows += _way_rows(way, built, asked[way], exact[::step])
     ratios = {f'index_vs_{way}': asked[way]['p50']/asked['index']['p50'] for way in ways if way != 'index' and 'index' in asked}
     rows += bench_hybrid(hybrid) if hybrid else []

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import InputError
-from .demo import make_corpus
+from .demo import _make_video, plan_corpus, write_corpus
 from .speech import load_asr
 from .features import make_features
 from .encoders import load_encoder, with_precision
@@ -59,7 +59,8 @@ def _command_seconds(bundle, files):
 
 def _copies(folder, clips, different):
     "Paths of clips, `different` of which are different files."
-    made = sorted(make_corpus(folder/'corpus', different).rglob('*.mp4'))
+    plans = plan_corpus(different)[:clips]
+    made = sorted(write_corpus(folder/'corpus', plans, _make_video).rglob('*.mp4'))
     (folder/'many').mkdir()
     return [Path(shutil.copy(made[i % len(made)], folder/f'many/{i:03}.mp4')) for i in range(clips)]
 

@@ -23,7 +23,7 @@ from .stages import FILE_PARAMETERS, names, NEEDS, PACKAGE, package_dir, parse, 
 AT_IMPORT, ALL = '(at import)', '*'
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     "What a module holds, by name."
     definitions: dict = field(default_factory=dict) # name → statements
@@ -102,6 +102,7 @@ def _statements(source, name):
     return source.definitions.get(name, [])
 
 # %% ../nbs/94_keys.ipynb #fdc41b1f
+@lru_cache(maxsize=None)
 def _used_by(statement, module, source):
     "What a statement leads to: (module, name)."
     used, inside = names(statement)[0], project_imports(statement)
@@ -125,14 +126,15 @@ def reached(
     package: Path | None = None, # folder of the modules; None: that of the installed package
 ) -> dict: # (module, name) → statements; the module '' is the notebook
     "All definitions that a stage uses."
-    package, todo, done = package or package_dir(), [('', AT_IMPORT)], {}
+    package, todo, done, sources = package or package_dir(), [('', AT_IMPORT)], {}, {'': own}
     imports = [s for s in cells if isinstance(s, ast.ImportFrom)]
     known = own.imports | {n: target for s in imports for n, target in project_imports(s).items()}
     for s in cells: todo += [] if s in imports else _used_by(s, '', Source(own.definitions, known))
     while todo:
         module, name = todo.pop()
-        source = _module(package, module) if module else own
-        if source is None or (module, name) in done: continue
+        if (module, name) in done: continue
+        if module not in sources: sources[module] = _module(package, module)
+        if (source := sources[module]) is None: continue
         done[module, name] = _statements(source, name)
         todo += _brought_by(name, module, source)
         for s in done[module, name]: todo += _used_by(s, module, source)

@@ -10,7 +10,7 @@ ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its 
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
 SHORTER = {'01_demo': dict(out_dir='corpus', videos=24), '03_check': dict(data_dir='few'), '06_compare': dict(n=200), '30_finetune': dict(fold='0', epochs=2),
            '45_topics': dict(seeds=1, epochs=1), '55_localise': dict(run_dir=''),  # stories alone; test_localise measures a run
-           '70_memes': dict(demo_memes=60), '74_transfer': dict(draws=1)}
+           '70_memes': dict(demo_memes=40), '74_transfer': dict(shares='0.1,1', draws=1)}
 FEWER = {'howto_compare': 48, 'howto_encoder': 40, 'howto_head': 48, 'start_lab': 48, 'start_memes': 48}  # clips of the run; every part has both classes
 
 
@@ -24,9 +24,9 @@ def test_notebook(name, demo, tmp_path):
 
 
 def test_index(demo, tmp_path):
-    "In a clone that has the demo's corpus, transcripts and features."
+    "In a clone that has the first videos of the demo's corpus, with their transcripts and features."
     for name in ('nbs', 'runs'): (tmp_path/name).mkdir()
-    (tmp_path/'demo_data').symlink_to(demo/'demo_data')
+    small_corpus(demo, tmp_path/'demo_data', 60)
     (tmp_path/'tools').symlink_to(ROOT/'tools')
     copy_run(demo, tmp_path/'runs/index', 'predictions.parquet')
     page, text = tmp_path/'nbs/index.ipynb', (ROOT/'nbs/index.ipynb').read_text()
