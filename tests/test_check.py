@@ -31,6 +31,20 @@ def sources(tmp_path_factory):
     return videos
 
 
+@pytest.fixture(scope='module', autouse=True)
+def orphans(tmp_path_factory):
+    "Workers whose caller was killed while they slept. What ends them takes 15 s, in which the other tests run."
+    begun = tmp_path_factory.mktemp('orphans')/'begun'
+    work = f"open({str(begun)!r}, 'w').close() or __import__('time').sleep(600)"
+    code = f'from hatemm_clip.examine import call_guarded; call_guarded(eval, [{work!r}], timeout=5)'
+    script = subprocess.Popen([sys.executable, '-c', code])
+    while not begun.exists() and script.poll() is None: time.sleep(.05)
+    left = psutil.Process(script.pid).children(recursive=True)
+    script.kill()
+    assert left and script.wait(60) == -9
+    return left
+
+
 def annotate(folder, names, label='Non Hate'):
     (folder/'non_hate_videos').mkdir(parents=True, exist_ok=True)
     rows = [f'{name},{label},,Others' for name in names]
@@ -102,17 +116,6 @@ def test_worker_that_cannot_start(sources, monkeypatch):
 def test_results_keep_the_order_of_items():
     calls = [f"__import__('time').sleep({wait}) or {wait}" for wait in (1., 0., .2, .1)]
     assert call_guarded(eval, calls) == [(wait, '') for wait in (1., 0., .2, .1)]
-
-
-def test_workers_end_with_their_caller(tmp_path):
-    work = f"open({str(tmp_path/'begun')!r}, 'w').close() or __import__('time').sleep(600)"
-    code = f'from hatemm_clip.examine import call_guarded; call_guarded(eval, [{work!r}], timeout=5)'
-    script = subprocess.Popen([sys.executable, '-c', code])
-    while not (tmp_path/'begun').exists() and script.poll() is None: time.sleep(.05)
-    left = psutil.Process(script.pid).children(recursive=True)
-    script.kill()
-    assert left and script.wait(60) == -9
-    assert not psutil.wait_procs(left, timeout=60)[1]
 
 
 def test_works_from_a_script_without_a_main_guard(tmp_path, sources):
@@ -208,3 +211,6 @@ def test_real_videos(shared):
     looks = decode_all(sorted((shared/'data/videos').iterdir()), timeout=120)
     assert all(look['ok'] and look['frames'] == 5 for look in looks)
     assert all(abs(look['duration'] - look['claimed']) < 1 for look in looks)
+
+
+def test_workers_end_with_their_caller(orphans): assert not psutil.wait_procs(orphans, timeout=60)[1]

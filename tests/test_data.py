@@ -1,7 +1,6 @@
 "Odd media decode or are told apart, splits hold, tables are the same on every run and machine."
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from conftest import ROOT
 
 from hatemm_clip.base import SPLITS, InputError, read_table, write_table
@@ -121,14 +121,14 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
         print(sum(s[0] for s in shapes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
     def peak(seconds):
         path = write_video(tmp_path/f'{seconds}.mp4', (np.full((360, 640, 3), i % 250, np.uint8) for i in range(seconds)), fps=1)
-        count, kib = subprocess.run([sys.executable, '-c', code, str(path)], capture_output=True, text=True, check=True).stdout.split()
+        count, kib = warm.run([sys.executable, '-c', code, path]).stdout.split()
         assert int(count) == seconds
         return int(kib)/1024
     assert peak(600) < peak(60) + 60  # MiB; all 600 frames would be 400
 
 
 @pytest.fixture(scope='module')
-def corpus(tmp_path_factory): return make_corpus(tmp_path_factory.mktemp('corpus')/'demo', 16, 3)
+def corpus(tmp_path_factory): return make_corpus(tmp_path_factory.mktemp('corpus')/'demo', 12, 3)
 
 
 def test_same_bytes_twice_and_same_ids_elsewhere(corpus, tmp_path, capsys):

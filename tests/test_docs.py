@@ -14,14 +14,21 @@ from conftest import ROOT
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    "The staged site, as nbdev hands it to Quarto."
-    folder = tmp_path_factory.mktemp('docs')
-    shutil.copytree(ROOT/'nbs', folder/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    for name in ('settings.ini', '_quarto.yml', 'CHANGELOG.md', 'CONTRIBUTING.md'): shutil.copy(ROOT/name, folder)
-    shutil.copytree(ROOT/'hatemm_clip', folder/'hatemm_clip', ignore=shutil.ignore_patterns('__pycache__', 'assets'))
-    stage = 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=0)'
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT/'tools'), os.environ.get('PYTHONPATH', '')]))
-    subprocess.run([sys.executable, '-c', stage], cwd=folder, env=environment, check=True, capture_output=True, timeout=300)
+    "A clone with what is not committed yet, whose site is staged by `make docs`, with a renderer that writes one page."
+    folder, tools = tmp_path_factory.mktemp('docs')/'clone', tmp_path_factory.mktemp('bin')
+    git = lambda *args: subprocess.run(['git', '-C', *map(str, args)], capture_output=True, text=True, check=True).stdout
+    git(ROOT, 'clone', '--quiet', ROOT, folder)
+    for name in filter(None, git(ROOT, 'ls-files', '-z', '--modified', '--others', '--exclude-standard').split('\0')):
+        (folder/name).unlink(missing_ok=True)
+        if not (ROOT/name).exists(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/name, folder/name, follow_symlinks=False)
+    git(folder, 'add', '--all')
+    (tools/'quarto').write_text('#!/bin/sh\n[ "$1" = render ] && mkdir -p "$2/_docs" && touch "$2/_docs/index.html"\n')
+    (tools/'quarto').chmod(0o755)
+    path = os.pathsep.join([str(tools), os.path.dirname(sys.executable), os.environ['PATH']])
+    done = subprocess.run(['make', '-o', '.venv/.installed', 'docs'], cwd=folder, env=os.environ | dict(PATH=path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 
@@ -182,7 +189,7 @@ def test_links_and_anchors_of_the_built_site(preview, tmp_path):
     built = shutil.copytree(preview[0], tmp_path/'docs')
     for notebook in (ROOT/'nbs').glob('*.ipynb'):
         module = re.search(r'#\| default_exp (\w+)', notebook.read_text())
-        if module: shutil.copy(built/f'{notebook.stem}.html', built/f'{module[1]}.html')
+        if module: (built/f'{module[1]}.html').symlink_to(f'{notebook.stem}.html')
     command = [sys.executable, str(ROOT/'tools/check_site.py'), str(built), 'https://hatemm-clip.github.io/hatemm_clip/']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
@@ -209,16 +216,9 @@ def test_the_reference_is_that_of_the_program():
     assert ''.join(shown) == command_reference(), 'run nbs/99_reference.ipynb: a command has changed'
 
 
-def test_make_docs_changes_no_file_of_the_clone(tmp_path):
-    "With a renderer that writes one page; the staged sidebar is ours, not nbdev's."
-    clone, tools = tmp_path/'clone', tmp_path/'bin'
-    subprocess.run(['git', 'clone', '--quiet', ROOT, clone], check=True)
-    tools.mkdir()
-    (tools/'quarto').write_text('#!/bin/sh\n[ "$1" = render ] && mkdir -p "$2/_docs" && touch "$2/_docs/index.html"\n')
-    (tools/'quarto').chmod(0o755)
-    path = os.pathsep.join([str(tools), os.path.dirname(sys.executable), os.environ['PATH']])
-    done = subprocess.run(['make', '-o', '.venv/.installed', 'docs'], cwd=clone, env=os.environ | dict(PATH=path), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    changed = subprocess.run(['git', 'status', '--short'], cwd=clone, capture_output=True, text=True, check=True).stdout
-    assert not changed and (clone/'_docs/index.html').exists()
-    assert (clone/'_proc/sidebar.yml').read_text() == (ROOT/'nbs/sidebar.yml').read_text()
+def test_make_docs_changes_no_file_of_the_clone(site):
+    "The staged sidebar is ours, not nbdev's."
+    for command in (['diff', '--name-only'], ['ls-files', '--others', '--exclude-standard']):
+        changed = subprocess.run(['git', *command], cwd=site, capture_output=True, text=True, check=True).stdout
+        assert not changed, changed
+    assert (site/'_docs/index.html').exists() and (site/'_proc/sidebar.yml').read_text() == (ROOT/'nbs/sidebar.yml').read_text()
