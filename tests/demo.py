@@ -55,7 +55,7 @@ def copy_run(clone, target, *leave_out):
 
 
 def first_clips(run, n):
-    "Cut a run to its first `n` clips: its tables and its store; the bundle stays that of all."
+    "Cut a run to its first `n` clips: its tables and its store, if it has one; the bundle stays that of all."
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -66,6 +66,7 @@ def first_clips(run, n):
         table = pq.read_table(path)
         with write_atomic(path) as part: pq.write_table(table.filter(pc.is_in(table[column], clips[column])), part)
     names = ', '.join(f"'{name}'" for name in clips['clip_id'].to_pylist())
+    if not run.features.exists(): return run
     open_store(run.features).table.delete(f'clip_id not in ({names})')
     return run
 

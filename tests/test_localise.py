@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from demo import copy_run
+from demo import copy_run, first_clips
 
 from hatemm_clip.base import InputError, PREDICTIONS, read_table, Run, SPANS, SPLITS, table_hash, TIMELINE, write_json, write_table
 from hatemm_clip.check import span_coverage
@@ -172,14 +172,15 @@ def test_coverage_of_spans():
 
 @pytest.fixture(scope='module')
 def run(demo, tmp_path_factory):
-    "The demo's run as if it had two folds and one seed."
-    whole, copy = Run(demo/'runs/notebook'), copy_run(demo, tmp_path_factory.mktemp('runs')/'demo', 'splits.parquet', 'predictions.parquet')
-    splits, predictions = read_table(whole.splits), read_table(whole.predictions)
-    write_table(splits[splits.fold < 2], copy.splits, SPLITS, splits.attrs['inputs'])
-    inputs = table_hash(read_table(copy.splits))
-    write_table(predictions[(predictions.fold < 2) & (predictions.seed == 0)], copy.predictions, PREDICTIONS, inputs)
-    write_json(copy.bundle/'config.json', dict(json.loads((copy.bundle/'config.json').read_text()), splits=inputs))
-    return copy
+    "Half of the demo's run as if it had two folds, one seed and the predictions of its bundle alone."
+    half = first_clips(copy_run(demo, tmp_path_factory.mktemp('runs')/'demo'), 48)
+    splits, predictions, config = read_table(half.splits), read_table(half.predictions), json.loads((half.bundle/'config.json').read_text())
+    write_table(splits[splits.fold < 2], half.splits, SPLITS, splits.attrs['inputs'])
+    inputs, of_bundle = table_hash(read_table(half.splits)), f"{config['head']}:{'+'.join(sorted(config['modalities']))}"
+    kept = (predictions.fold < 2) & (predictions.seed == 0) & (predictions.run == of_bundle)
+    write_table(predictions[kept], half.predictions, PREDICTIONS, inputs)
+    write_json(half.bundle/'config.json', dict(config, splits=inputs))
+    return half
 
 
 @pytest.fixture(scope='module')
@@ -213,7 +214,7 @@ def test_the_bundle_cuts_as_the_run_chose(run, measured):
 
 
 @pytest.fixture(scope='module')
-def films(tmp_path_factory): return sorted(make_stories(tmp_path_factory.mktemp('stories')/'corpus', 2, 3).rglob('*.mp4'))
+def films(tmp_path_factory): return sorted(make_stories(tmp_path_factory.mktemp('stories')/'corpus', 2, 14).rglob('*.mp4'))
 
 
 def test_the_command_finds_spans_in_files(run, films, hatemm, tmp_path):

@@ -29,7 +29,7 @@ def test_first_stages(name, made, demo, tmp_path_factory):
     "Each makes its results for a few videos, from what the stage before it made."
     folder = tmp_path_factory.getbasetemp()/'first_stages'
     if not folder.exists(): small_corpus(demo, folder/'data', 24)
-    if name == '12_ocr': first_clips(Run(folder/'run'), 8)
+    if name == '10_asr': first_clips(Run(folder/'run'), 8)
     more = dict(fps=.1) if name == '12_ocr' else {}  # a frame a clip
     run_notebook(name, folder/'run', folder/'data', **more)
     assert (folder/'run'/made).exists()
@@ -41,5 +41,5 @@ def run(demo, tmp_path_factory): return first_clips(copy_run(demo, tmp_path_fact
 
 @pytest.mark.parametrize('name', LATER)
 def test_later_stages(name, run, demo):
-    run_notebook(name, run.folder, demo/'demo_data', **(dict(seeds=1) if name == '50_robust' else {}))
+    run_notebook(name, run.folder, demo/'demo_data', **(dict(seeds=1, inputs='caption,typos') if name == '50_robust' else {}))
     assert (run.folder/STAGES[name][0]).exists()
