@@ -115,7 +115,7 @@ def test_crossval_with_tests(hatemm, own_features):
     assert done.returncode == 0, done.stderr
     tests = json.loads(done.stdout)['tests']
     assert 'LogisticRegression:voice' in tests and {'permutation', 'delong', 'mcnemar', 'corrected_t'} <= tests['LogisticRegression:voice'].keys()
-    assert 'one run only' in one_line_error(hatemm('crossval', own_features, '--seeds', '2', '--tests'))
+    assert 'one run only' in one_line_error(hatemm('crossval', own_features, '--head', 'LogisticRegression', '--seeds', '2', '--tests'))
 
 
 def test_folds_that_leak(hatemm, tmp_path, own_features):
@@ -132,10 +132,10 @@ def test_folds_that_leak(hatemm, tmp_path, own_features):
     assert all(row['leak'] == 1 for row in found.pop('tests').values())
     assert all(figure['leak'] == 1 for sets in found.values() for figures in sets.values() for figure in figures.values())
     assert all('LEAK: 100%' in line for line in done.stdout.splitlines()[:len(found)])
-    grouped = hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1', '--protocol', 'grouped_5fold', '--json', '-')
+    grouped = hatemm('crossval', tmp_path/'torn.npz', '--head', 'LogisticRegression', '--seeds', '1', '--protocol', 'grouped_5fold', '--json', '-')
     assert 'leak' not in grouped.stdout and json.loads(grouped.stdout)
-    leaky = hatemm('crossval', tmp_path/'torn.npz', '--seeds', '1', '--protocol', 'leaky_snippet', '--json', '-')
-    assert json.loads(leaky.stdout)['BinaryClassifier']['voice']['auroc']['leak'] > .5
+    leaky = hatemm('crossval', tmp_path/'torn.npz', '--head', 'LogisticRegression', '--seeds', '1', '--protocol', 'leaky_snippet', '--json', '-')
+    assert json.loads(leaky.stdout)['LogisticRegression']['voice']['auroc']['leak'] > .5
 
 
 def test_the_demo_never_goes_among_the_files_of_a_user(hatemm, tmp_path):
