@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import InputError
-from .demo import _make_video, plan_corpus, write_corpus
+from .demo import make_audio, make_frames, place_video, plan_corpus
 from .speech import load_asr
 from .features import make_features
 from .encoders import load_encoder, with_precision
@@ -59,8 +59,9 @@ def _command_seconds(bundle, files):
 
 def _copies(folder, clips, different):
     "Paths of clips, `different` of which are different files."
-    plans = plan_corpus(different)[:clips]
-    made = sorted(write_corpus(folder/'corpus', plans, _make_video).rglob('*.mp4'))
+    for i, plan in enumerate(plan_corpus(different)[:clips]):
+        place_video(folder/'corpus', f'{i:03}.mp4', plan, make_frames(plan), make_audio(plan)[0])
+    made = sorted((folder/'corpus').rglob('*.mp4'))
     (folder/'many').mkdir()
     return [Path(shutil.copy(made[i % len(made)], folder/f'many/{i:03}.mp4')) for i in range(clips)]
 

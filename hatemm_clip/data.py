@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'PART_NAMES', 'FAILED_VIDEOS', 'probe_clips', 'sliding_windows', 'make_windows', 'near_duplicates',
-           'near_duplicate_texts', 'components', 'find_groups', 'group_dealer', 'make_splits', 'part_of_clips',
-           'published_splits', 'read_splits', 'purge_leaks', 'deal_val', 'LeakError', 'leak_audit', 'leaky_snippet',
-           'show_clips', 'DataSettings', 'prepare_videos', 'prepare_data']
+           'near_duplicate_texts', 'components', 'find_groups', 'make_splits', 'part_of_clips', 'published_splits',
+           'read_splits', 'purge_leaks', 'deal_val', 'LeakError', 'leak_audit', 'leaky_snippet', 'show_clips',
+           'DataSettings', 'prepare_videos', 'prepare_data']
 
 # %% ../nbs/00_data.ipynb #d4263d82
 import json
@@ -186,23 +186,6 @@ def find_groups(
     first = videos.video_id.groupby(component).transform(lambda ids: short_hash(min(ids)))
     return pd.Series(first.values, index=videos.video_id, name='group')
 
-# %% ../nbs/00_data.ipynb #f731069e
-def group_dealer(
-    folds: int, # K
-    seed: int = 0, # of the shuffle
-): # a scikit-learn splitter
-    "Make a StratifiedGroupKFold that weighs the parts for a group all at once."
-    from sklearn.model_selection import StratifiedGroupKFold
-    class Dealer(StratifiedGroupKFold):
-        def _find_best_fold(self, y_counts_per_fold, y_cnt, group_y_counts):
-            tried = y_counts_per_fold + np.eye(self.n_splits)[:, :, None]*group_y_counts
-            spread, sizes, best = (tried/y_cnt).std(1).mean(1), y_counts_per_fold.sum(1), 0
-            for k, value in enumerate(spread):
-                near = abs(value - spread[best]) <= 1e-8 + 1e-5*spread[best]
-                if value < spread[best] or near and sizes[k] < sizes[best]: best = k
-            return best
-    return Dealer(folds, shuffle=True, random_state=seed)
-
 # %% ../nbs/00_data.ipynb #9c6f65de
 def _deal(rows, splitter, labels, groups=None):
     "Splits of all folds, from a splitter whose test sets are the parts that rows are dealt into."
@@ -221,6 +204,7 @@ def make_splits(
     seed: int = 0,
 ) -> pd.DataFrame: # SPLITS: a row a fold and video
     "Deal groups into stratified folds."
+    from sklearn.model_selection import StratifiedGroupKFold
     videos = videos.drop_duplicates('video_id').sort_values('video_id', ignore_index=True)
     few = videos.groupby('label').video_id.apply(lambda ids: groups[ids].nunique())
     if folds < 3: raise InputError(f"folds is {folds}; expected 3 or more, for train, val and test")
@@ -228,7 +212,8 @@ def make_splits(
         raise InputError(f"{folds} folds need {folds} groups of each label; there are {few.to_dict()} by label")
     group = videos.video_id.map(groups).values
     rows = pd.DataFrame(dict(protocol=f'grouped_{folds}fold', video_id=videos.video_id, group=group))
-    return _deal(rows, group_dealer(folds, seed), videos.label, group)[SPLITS.names]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    return _deal(rows, splitter, videos.label, group)[SPLITS.names]
 
 # %% ../nbs/00_data.ipynb #f9a86a50
 def part_of_clips(
@@ -306,11 +291,13 @@ def deal_val(
     seed: int = 0,
 ) -> pd.DataFrame: # SPLITS; each fold has a val part
     "Give folds without a validation part a fifth of their training part."
+    from sklearn.model_selection import StratifiedGroupKFold
     labels, dealt = videos.drop_duplicates('video_id').set_index('video_id').label, splits.copy()
     for fold, rows in splits.groupby('fold'):
         train = rows[rows.part == 'train']
         if (rows.part == 'val').any() or train.group.nunique() < 5: continue
-        _, val = next(group_dealer(5, seed).split(train, train.video_id.map(labels), train.group))
+        dealer = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        _, val = next(dealer.split(train, train.video_id.map(labels), train.group))
         dealt.loc[train.index[val], 'part'] = 'val'
     return dealt
 

@@ -15,7 +15,6 @@ import numpy as np
 from sklearn.base import clone
 
 from .base import InputError
-from .data import group_dealer
 from .features import check_features, check_training, Features, parse_set
 from .lexical import count_bayes, count_ngrams, fit_words
 from .heads import pool_features
@@ -115,9 +114,11 @@ def inner_folds(
     seed: int = 0, # of the deal
 ) -> list: # pairs of rows: trained on, asked
     "Divide a training part by group, stratified."
+    from sklearn.model_selection import StratifiedGroupKFold
     fewest = min(len(np.unique(groups[labels == c])) for c in np.unique(labels))
     if fewest < 2: raise InputError(f'a class has {fewest} group to train an expert on; expected 2 or more')
-    return list(group_dealer(min(_INNER, fewest), seed).split(labels, labels, groups))
+    dealer = StratifiedGroupKFold(min(_INNER, fewest), shuffle=True, random_state=seed)
+    return list(dealer.split(labels, labels, groups))
 
 # %% ../nbs/37_experts.ipynb #57601a04
 def _in_steps(model):

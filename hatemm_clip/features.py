@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 
 from .base import first_line, InputError, read_table, Run, table_hash, write_atomic
-from .data import group_dealer, LeakError, part_of_clips
+from .data import LeakError, part_of_clips
 
 # %% ../nbs/16_features.ipynb #0f7e3dc6
 @dataclass
@@ -496,8 +496,10 @@ def deal_folds(
     seed: int, # of the shuffle
 ) -> np.ndarray: # train, val or test, str, shape (K, N)
     "Deal clips into stratified folds by group."
+    from sklearn.model_selection import StratifiedGroupKFold
     dealt = np.zeros(len(labels), int)
-    for k, (_, rows) in enumerate(group_dealer(folds, seed).split(labels, labels, groups)): dealt[rows] = k
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for k, (_, rows) in enumerate(splitter.split(labels, labels, groups)): dealt[rows] = k
     return np.stack([np.select([dealt == k, dealt == (k + 1) % folds], ['test', 'val'], 'train') for k in range(folds)])
 
 # %% ../nbs/16_features.ipynb #87ce32a6

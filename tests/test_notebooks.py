@@ -41,5 +41,5 @@ def run(demo, tmp_path_factory): return first_clips(copy_run(demo, tmp_path_fact
 
 @pytest.mark.parametrize('name', LATER)
 def test_later_stages(name, run, demo):
-    run_notebook(name, run.folder, demo/'demo_data', **(dict(seeds=1, inputs='caption,typos') if name == '50_robust' else {}))
+    run_notebook(name, run.folder, demo/'demo_data', **(dict(seeds=1) if name == '50_robust' else {}))
     assert (run.folder/STAGES[name][0]).exists()

@@ -9,7 +9,7 @@ from hatemm_clip.pipeline import STAGES
 ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its slow cells, a test below the other
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
 SHORTER = {'01_demo': dict(out_dir='corpus', videos=24), '03_check': dict(data_dir='few'), '06_compare': dict(n=200), '30_finetune': dict(fold='0', epochs=2),
-           '45_topics': dict(seeds=1, epochs=1), '55_localise': dict(run_dir='', videos=48),  # stories alone; test_localise measures a run
+           '45_topics': dict(seeds=1, epochs=1), '55_localise': dict(run_dir=''),  # stories alone; test_localise measures a run
            '70_memes': dict(demo_memes=40), '74_transfer': dict(shares='0.1,1', draws=1)}
 FEWER = {'30_finetune': 48, 'howto_compare': 48, 'howto_encoder': 40, 'howto_head': 48, 'start_lab': 48, 'start_memes': 48}  # clips of the run; every part has both classes
 
