@@ -23,7 +23,7 @@ from .stages import FILE_PARAMETERS, names, NEEDS, PACKAGE, package_dir, parse, 
 AT_IMPORT, ALL = '(at import)', '*'
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # so that caches can hold it
 class Source:
     "What a module holds, by name."
     definitions: dict = field(default_factory=dict) # name → statements

@@ -88,7 +88,7 @@ class CountedTexts:
         words = CountVectorizer(ngram_range=(1, 2))
         letters = CountVectorizer(analyzer='char_wb', ngram_range=(2, 5))
         self.words, self.letters = (fit_words(v, texts, method='fit_transform').astype(float) for v in (words, letters))
-        for counts in (self.words, self.letters): counts.sort_indices()
+        for counts in (self.words, self.letters): counts.sort_indices()  # as `transform` gives them
 
     def __len__(self): return self.words.shape[0]
 

@@ -243,7 +243,7 @@ def _summary(nb):
 def seldom_saving(
     seconds: float = 5., # between two writes
 ): # a papermill engine
-    "Papermill's engine, which would write the page twice a cell: half the time of a short stage."
+    "Papermill's engine, but it writes the page once in a while and at the end, not twice a cell."
     from papermill.engines import NBClientEngine
 
     class Seldom(NBClientEngine):

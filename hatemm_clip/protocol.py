@@ -231,12 +231,10 @@ def cut_spans(
     gap: float = 0., # s: runs that are closer become one
 ) -> list[tuple]: # start, end (s), score
     "Cut the stretches that are at or above a threshold."
-    scores, above = np.asarray(scores), np.zeros(len(scores) + 2, bool)
-    above[1:-1] = scores >= threshold
-    edges = np.flatnonzero(above[1:] != above[:-1]).reshape(-1, 2)
-    runs = merge_spans([dict(start=a/RATE, end=b/RATE) for a, b in edges.tolist()], gap)
-    score = lambda s: float(scores[int(s['start']*RATE):int(s['end']*RATE)].mean())
-    return [(s['start'], s['end'], score(s)) for s in runs]
+    edges = np.flatnonzero(np.diff(np.r_[0, np.asarray(scores) >= threshold, 0]))
+    runs = [dict(start=int(a)/RATE, end=int(b)/RATE) for a, b in edges.reshape(-1, 2)]
+    ends = [(s['start'], s['end']) for s in merge_spans(runs, gap)]
+    return [(a, b, float(np.mean(scores[int(a*RATE):int(b*RATE)]))) for a, b in ends]
 
 # %% ../nbs/52_protocol.ipynb #874cade2
 def all_spans(

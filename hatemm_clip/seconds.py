@@ -228,9 +228,9 @@ def read_moments(
 # %% ../nbs/53_seconds.ipynb #bacce298
 def _story_tokens(story, encoder):
     "Tokens of a story, its spans, and when it is how long."
-    frames, sentences = list(story_frames(story, 4)), story_audio(story)[1]
+    frames, sentences = np.stack(list(story_frames(story, 4))), story_audio(story)[1]
     times = np.arange(0, story.duration - .5, STEP) + STEP/2
-    seen = np.stack([frames[i] for i in np.minimum((times*4).astype(int), len(frames) - 1)])
+    seen = frames[np.minimum((times*4).astype(int), len(frames) - 1)]
     image = encode_frames(encoder, preprocess_frames(seen, encoder.preprocess)).numpy()
     image, said = (image, *token_extents(times, story.duration)), encode_segments(encoder, sentences)
     return dict(image=image, text=said), story_spans(story, sentences)

@@ -106,12 +106,12 @@ def _syntax_tree(source):
     except SyntaxError: return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.MULTILINE))
 
 # %% ../nbs/91_stages.ipynb #484b0f3b
-def _inside(node):
+def _nested(node):
     "Statements in a tree, at any depth; expressions hold none."
     for part in ('body', 'handlers', 'orelse', 'finalbody', 'cases'):
         for inner in getattr(node, part, []):
             yield inner
-            yield from _inside(inner)
+            yield from _nested(inner)
 
 # %% ../nbs/91_stages.ipynb #f14e7ca5
 @lru_cache(maxsize=None)
@@ -120,7 +120,7 @@ def parse(
 ) -> tuple: # statements, without docstrings
     "Parse code; the same code gives the same statements."
     tree = _syntax_tree(source)
-    for node in _inside(tree):
+    for node in _nested(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
         if _is_text(node.body[0]): node.body = node.body[1:] or [ast.Pass()]
     return tuple(s for s in tree.body if not _is_text(s))
