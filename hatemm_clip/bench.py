@@ -36,11 +36,12 @@ from .scenes import draw_scene, Scene
 from .demo import demo_sounds
 from .metrics import binary_metrics
 from .compare import paired_difference
+from .engines import pick_device
 from .speech import find_openai_model, load_asr
 from .wer import word_error_rate
 from .features import pack_rows, Features, make_features, open_store
 from hatemm_clip.encoders import (
-    fill_batch, encode_frames, encode_tokens, load_encoder, pick_device, preprocess_frames, text_windows,
+    fill_batch, encode_frames, encode_tokens, load_encoder, preprocess_frames, text_windows,
     with_precision)
 from .batching import embed_images, embed_items
 from .tuning import ClipData, FinetuneConfig

@@ -17,6 +17,7 @@ from torch.func import vmap
 from .base import InputError, write_atomic, write_json
 from .bundle import bytes_sha256, read_config, read_whole
 from .metrics import shapley_values
+from .engines import pick_device
 from .features import check_features, check_training, Features, sort_modalities
 from .heads import HEADS, make_head
 from .calibration import Calibrated, Calibration, check_policy, softmax
@@ -73,7 +74,7 @@ class FusionClassifier(Calibrated):
         n_classes: int | None = None, # C; None: that of label_names
         seed: int = 0, # of everything random
         ensemble: int = 1, # networks whose probabilities are averaged
-        device: str = 'cpu', # cpu or cuda
+        device: str = 'cpu', # cpu, cuda or auto
         threshold: str = 'macro_f1', # a policy, see `threshold_rule`
         calibration: str = 'temperature', # or isotonic, for two classes
     ):
@@ -201,14 +202,14 @@ def _unpacked(content, config, device):
     "The model of a bundle, without calibration."
     from safetensors.torch import load
     if config['head'] in COMBINED: return load_experts(content, CombinedClassifier(**config['params']))
-    model = FusionClassifier(**config['params'], device=device)
+    model = FusionClassifier(**config['params'], device=pick_device(device))
     model.members_ = _members_of(load(content), config, model)
     return model
 
 # %% ../nbs/38_classifier.ipynb #fb34157f
 def load_bundle(
     folder: str | Path, # that `save_bundle` wrote
-    device: str = 'cpu', # cpu or cuda
+    device: str = 'cpu', # cpu, cuda or auto
 ) -> FusionClassifier | CombinedClassifier: # fitted; `bundle_` holds its config
     "Load a model that can score."
     from safetensors import SafetensorError

@@ -18,7 +18,7 @@ import pandas as pd
 from .base import InputError, read_json, read_table, Run, table_hash
 from .data import part_of_clips
 from .features import Features, read_features
-from .encoders import pick_device
+from .engines import pick_device
 from .embed import embed_stores
 from .tuning import ClipData, FinetuneConfig, read_clip_data
 from .checkpoints import audit_checkpoint, find_checkpoint, load_checkpoint

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from .engines import pick_device
 from .heads import Head, HEADS, make_head
 
 # %% ../nbs/36_members.ipynb #6191a3b8
@@ -107,8 +108,9 @@ class ClipTensors:
         self,
         features, # Features, padded
         per_fold: dict | None = None, # modality -> float32 (K, N, 1, D), NaN: absent
-        device: str = 'cpu', # cpu or cuda
+        device: str = 'cpu', # cpu, cuda or auto
     ):
+        device = pick_device(device)
         tensor = lambda a: torch.as_tensor(np.ascontiguousarray(a), device=device)
         self.x = {m: tensor(a)[None] for m, a in features.arrays.items()}
         self.mask = {m: tensor(a) for m, a in features.masks.items()}

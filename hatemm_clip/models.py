@@ -27,6 +27,7 @@ import pandas as pd
 from .ask import parse_answer, picture_bytes, Prompt, Question
 from .base import (
     file_sha256, first_line, InputError, no_room, progress, short_hash, store_lock)
+from .engines import pick_device
 from .media import MediaError
 from .tables import numbered_rows
 
@@ -292,12 +293,10 @@ class LocalModel:
         device: str = 'auto', # cpu, cuda; auto: cuda where there is one
         max_tokens: int = 64, # of an answer
     ):
-        import torch
         folder = Path(folder)
         if not (folder/'config.json').is_file():
             raise InputError(f'{folder}: no config.json; expected the folder of a transformers model')
-        if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        self.processor, self.model = _load(folder, device)
+        self.processor, self.model = _load(folder, pick_device(device))
         self.max_tokens, self._turn, self.stopped = max_tokens, threading.Lock(), threading.Event()
         self.title, self.name = folder.name, f'{folder.name} {_files_identity(folder)}, at most {max_tokens} tokens'
 

@@ -133,6 +133,16 @@ def _check_encoder(parameters):
         refuse(f"{name}/{pretrained} is not on this machine and could not be fetched "
                f"({' '.join(str(e).split())[:120]}); with no network, take encoder hatemm-tiny, or give a file")
 
+# %% ../nbs/95_pipeline.ipynb #248ac843
+def _check_device(stage, parameters):
+    "The device is here; PyTorch is asked only where one is named."
+    device = parameters.get('device', 'auto')
+    if device in ('auto', 'cpu'): return
+    from hatemm_clip.base import InputError
+    from hatemm_clip.engines import pick_device
+    try: pick_device(device)
+    except InputError as e: refuse(f'{stage}: {e}')
+
 # %% ../nbs/95_pipeline.ipynb #5633183a
 def check_run(
     params: dict[str, dict], # stage → all its parameters
@@ -146,6 +156,7 @@ def check_run(
         _check_words(params, out)
     if '00_data' in todo: _check_data(params['00_data'])
     if '70_memes' in todo: _check_memes(params['70_memes'])
+    for stage in todo: _check_device(stage, params[stage])
     if not weights: return
     if '10_asr' in todo: _check_recogniser(params['10_asr'])
     if '12_ocr' in todo: _check_reader()

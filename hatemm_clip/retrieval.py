@@ -24,7 +24,7 @@ from .embed import embed_clips
 from .emotion import DESCRIPTIONS
 from .encoders import encode_frames, encode_texts, encoder_of, load_encoder, read_inputs, text_windows
 from .frames import frames_at
-from .engines import check_engine
+from .engines import check_engine, pick_device
 from .features import is_store, open_store
 from .moments import (
     PLACES, clip_words, frame_inputs, frame_moments, has_table, is_one_of, is_uri, moment_schema, nearest_moments, open_tables,
@@ -44,9 +44,11 @@ class IndexSettings:
     ocr: bool = True # read what is written in the pictures
     engine: str = 'local' # one of ENGINES
     workers: int = 2 # threads, or actors of Ray
-    device: str = 'auto'
+    device: str = 'auto' # cpu, cuda or auto
 
-    def __post_init__(self): check_engine(self.engine)
+    def __post_init__(self):
+        check_engine(self.engine)
+        pick_device(self.device)
 
 # %% ../nbs/80_retrieval.ipynb #e888b69c
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Index:
     def __init__(self, place, device='cpu'): # a folder or URI, from `index_folder`
         missing = f'{place}: not an index; make one with `hatemm index VIDEOS --out {place}`'
         if not is_uri(place) and not _tables_at(place).is_dir(): raise InputError(missing)
-        self.database, self.device = open_tables(_tables_at(place)), device
+        self.database, self.device = open_tables(_tables_at(place)), pick_device(device)
         self.about = read_about(self.database)
         if not self.about: raise InputError(missing)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import InputError
+from .engines import pick_device
 from .media import Damage, MediaError
 from .sound import mix_channels, quiet_reason, read_channels, sound_notes
 from .speech import asr_of
@@ -437,6 +438,7 @@ class Scorer:
         threads: int = 0, # that decode and recognise; 0: as many as there are cores
         extra: Callable | None = None, # function of a scorer and an item's parts (Taken): more keys of its row
     ):
+        pick_device(device)  # refuses a device that is not here before anything is loaded
         self.bundle, self.model, self.extra = str(bundle), load_bundle(bundle), extra
         self.device, self.batch_size, self.steady, self.partial = device, batch_size, steady, partial
         self.threads, self.made = threads or os.cpu_count() or 1, self.model.bundle_['encoder']

@@ -603,7 +603,7 @@ def _check_options(backend, device, beam_size, batch_size, vad_threshold):
         raise InputError(f'vad_threshold is {vad_threshold}; expected a probability between 0 and 1')
 
 # %% ../nbs/08_speech.ipynb #0190c085
-def _on_gpu(build, device):
+def _on_gpu(build, device, backend):
     "Load on the GPU and try it; with device `auto` fall back to the CPU."
     try:
         asr = build('cuda')
@@ -611,8 +611,9 @@ def _on_gpu(build, device):
         return asr
     except (RuntimeError, InputError) as e: reason = first_line(e, 160)
     if device == 'cuda':
-        raise InputError(f"device is 'cuda', and it cannot be used ({reason}); say auto or cpu, or another backend")
-    print(f'the GPU cannot be used ({reason}); using the CPU')
+        raise InputError(f"device is 'cuda', and {backend} cannot use it ({reason}); "
+                         "say auto or cpu, or another backend")
+    print(f'{backend} cannot use the GPU ({reason}); transcribing on the CPU')
     return build('cpu')
 
 # %% ../nbs/08_speech.ipynb #3438aff8
@@ -634,7 +635,8 @@ def load_asr(
     options = dict(beam_size=beam_size, language=language or None, batch_size=batch_size,
                    vad_threshold=vad_threshold, source=source)
     build = lambda on: _build(kind, weights, name, on, threads, options)
-    return build('cpu') if device == 'cpu' or device == 'auto' and not kind.sees_gpu() else _on_gpu(build, device)
+    if device == 'cpu' or device == 'auto' and not kind.sees_gpu(): return build('cpu')
+    return _on_gpu(build, device, backend)
 
 # %% ../nbs/08_speech.ipynb #ff4bcee4
 def plot_transcript(

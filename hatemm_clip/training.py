@@ -29,7 +29,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 
 from .base import InputError, read_json, remove, write_atomic, write_json
-from .encoders import check_aligned, Encoder, faster_precision, load_encoder, pick_device
+from .encoders import check_aligned, Encoder, faster_precision, load_encoder
+from .engines import pick_device
 from .tuning import (
     class_weights, clip_batch_loss, ClipClassifier, ClipData, ClipHead, FinetuneConfig, lr_factor, make_batch,
     make_optimizer, pick_rows, plan_epoch, set_trainable, trainable_parameters)

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from .base import first_line, InputError, progress
+from .engines import pick_device
 from .frames import read_frames
 from .media import read_still
 from .calibration import bagged_threshold, choose_calibration
@@ -266,11 +267,11 @@ def load_vlm(
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
     logging.disable_progress_bar()
-    device, options = 'cuda' if torch.cuda.is_available() else 'cpu', {}
+    options = dict(dtype=torch.bfloat16, device_map=pick_device())
     try:
         if four_bit: options['quantization_config'] = _four_bits()
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16, device_map=device, **options)
+        model = AutoModelForImageTextToText.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as e:
         raise InputError(f"{name}: no vision-language model can be loaded ({first_line(e)}); "
                          "expected a folder or a name on the hub; four_bit needs pip install 'hatemm_clip[vlm]'") from e

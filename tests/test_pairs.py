@@ -24,7 +24,7 @@ FAST = FinetuneConfig(mode='full', batch_size=10, epochs=2, lr=1e-3, head_lr=5e-
 
 
 @pytest.fixture(scope='module')
-def base(): return load_encoder('hatemm-tiny', 'demo')
+def base(): return load_encoder('hatemm-tiny', 'demo', 'cpu')
 
 
 @pytest.fixture(scope='module')
