@@ -24,8 +24,9 @@ def pick_device(
     "Take the GPU where there is one; refuse what is not here."
     import torch
     if device == 'cpu': return device
-    gpus, (kind, _, number) = torch.cuda.device_count(), device.partition(':')
+    gpus = torch.cuda.device_count()
     if device == 'auto': return 'cuda' if gpus else 'cpu'
+    kind, _, number = device.partition(':')
     if kind != 'cuda' or number and not number.isdecimal():
         raise InputError(f"device is '{device}'; expected auto, cpu, cuda, or a GPU by its number, such as cuda:0")
     if int(number or 0) < gpus: return device

@@ -167,6 +167,12 @@ def test_every_figure_has_a_caption_and_an_alternative_text():
     assert found and not bare, f'without fig-cap or fig-alt: {bare}'
 
 
+def test_the_first_page_shows_a_run_that_did_something():
+    page = (ROOT/'README.md').read_text()
+    assert ', 160 new, 0 failed' in page and ' x real time' in page
+    assert ' 0 new' not in page and 'is there already' not in page
+
+
 def test_every_picture_on_a_page_has_an_alternative_text(preview):
     bare = []
     for page in preview[0].rglob('*.html'):

@@ -114,10 +114,11 @@ def execute(path):
     "Run a notebook in place; flagged cells keep their outputs, unless HATEMM_CELLS names their flag."
     from nbclient import NotebookClient
 
-    from hatemm_clip.base import cell_flag
+    from hatemm_clip.base import cell_flag, remove
     nb = nbformat.read(path, 4)
     held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and (flag := cell_flag(c.source)) and flag not in os.environ.get('HATEMM_CELLS', '')}
     for i in held: nb.cells[i].source = ''
+    remove(ROOT/'runs'/path.stem)  # of an earlier time: the page shows what is done, not what is found
     began = time.time()
     NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for i, (source, outputs) in held.items(): nb.cells[i].update(source=source, outputs=outputs)
