@@ -8,6 +8,7 @@ from pathlib import Path
 import papermill
 import warm
 from filelock import FileLock
+from nbclient import NotebookClient
 
 from hatemm_clip.base import Run, remove, write_atomic
 
@@ -19,8 +20,16 @@ SEEDS = 4  # of its networks, ten for a student
 
 def execute(notebook, cwd, **parameters):
     "Run a notebook as a batch does, all cells but the flagged ones; its page is not kept."
-    from hatemm_clip.pipeline import runnable
-    papermill.execute_notebook(runnable(notebook), None, parameters, cwd=str(cwd), kernel_name='python3', progress_bar=False)
+    from hatemm_clip.pipeline import kernel_over_files, runnable
+    with kernel_over_files() as config:
+        papermill.execute_notebook(runnable(notebook), None, parameters, cwd=str(cwd), kernel_name='python3', progress_bar=False, config=config)
+
+
+def run_all(nb, cwd, **options):
+    "Execute all cells of a notebook in memory, as *Run All* does."
+    from hatemm_clip.pipeline import kernel_over_files
+    with kernel_over_files() as config:
+        NotebookClient(nb, kernel_name='python3', config=config, resources=dict(metadata=dict(path=str(cwd))), **options).execute()
 
 
 def key():

@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from demo import execute
+from papermill import PapermillExecutionError
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -149,14 +151,12 @@ def stage_notebook(path):
 @pytest.mark.parametrize('whole', [True, False])
 def test_notebook_as_a_stage(tmp_path, whole):
     "papermill runs it on a folder of tables; one without predictions stops it in one line."
-    papermill = pytest.importorskip('papermill')
     if whole: write_table(simulate_predictions(30, seeds=2), tmp_path / 'predictions.parquet', PREDICTIONS)
     splits = pd.DataFrame(dict(protocol='by_group', fold=[0, 1], video_id=['v0000', 'v0001'], group=['v0000', 'v0001'], part='test'))
     write_table(splits, tmp_path / 'splits.parquet', SPLITS)
-    call = lambda: papermill.execute_notebook(stage_notebook(tmp_path / 'stage.ipynb'), str(tmp_path / 'out.ipynb'), cwd=str(ROOT / 'nbs'),
-                                              parameters=dict(run_dir=str(tmp_path), title='A run'), progress_bar=False, kernel_name='python3')
+    call = lambda: execute(stage_notebook(tmp_path / 'stage.ipynb'), ROOT / 'nbs', run_dir=str(tmp_path), title='A run')
     if not whole:
-        with pytest.raises(papermill.PapermillExecutionError, match='no such table'): call()
+        with pytest.raises(PapermillExecutionError, match='no such table'): call()
         return
     call()
     assert 'A run' in (tmp_path / 'report.html').read_text() and 'by_group, 2 folds' in (tmp_path / 'report.html').read_text()

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
+from demo import run_all
 
 
 N = 12  # clips; three of them hateful, one a fold
@@ -27,7 +27,7 @@ def walk(demo, tmp_path_factory):
     asked.source += '\n' + FEWER_NETWORKS
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('HATEMM_CELLS', 'slow')
-        NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT/'nbs')))).execute()
+        run_all(nb, ROOT/'nbs', timeout=600)
     text = lambda cell: ''.join(o.get('text', '') for o in cell.outputs)
     return folder, {c.source: text(c) for c in nb.cells if c.cell_type == 'code'}
 

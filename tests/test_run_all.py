@@ -4,7 +4,7 @@ import shutil
 import nbformat
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
+from demo import run_all
 from nbformat.v4 import new_code_cell, new_notebook
 
 PIXEL = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==\n'
@@ -28,7 +28,7 @@ def test_flagged_cells_keep_their_outputs(tmp_path, monkeypatch, known_by):
     nb = nbformat.read(file, 4)
     for cell in nb.cells: cell.outputs = []  # as JupyterLab does with all that wait
     if known_by != 'its folder': nb.cells.insert(1, new_code_cell(f'import pathlib\nempty = pathlib.Path({str(file)!r})\nempty.write_text(empty.read_text().replace("two", "2"))'))
-    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(file.parent if known_by == 'its folder' else elsewhere)))).execute()
+    run_all(nb, file.parent if known_by == 'its folder' else elsewhere)
     assert all(isinstance(o.execution_count, int) for cell in nb.cells for o in cell.outputs if o.output_type == 'execute_result')  # JupyterLab drops others
     for cell in nb.cells:
         for output in cell.outputs: output.pop('execution_count', None)
@@ -49,7 +49,7 @@ def test_an_emptied_file_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv('JPY_SESSION_NAME', str(file))
     nb = nbformat.read(file, 4)
     nb.cells[2].outputs = []
-    NotebookClient(nb, kernel_name='python3').execute()
+    run_all(nb, tmp_path)
     assert nb.cells[2].outputs == OUTPUTS[:1]
 
 
@@ -65,7 +65,7 @@ def test_defaults_lie_beside_the_notebooks(tmp_path, monkeypatch, known_by):
     monkeypatch.setenv('PYTHONPATH', str(clone))
     monkeypatch.setenv('JPY_SESSION_NAME', str(clone/'nbs/20_embed.ipynb') if known_by == 'JupyterLab' else '')
     nb = new_notebook(cells=[new_code_cell(c) for c in cells])
-    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(elsewhere)))).execute()
+    run_all(nb, elsewhere)
     assert (clone/'runs/notebook/clips.parquet').is_file() and (clone/'demo_data/truth.json').is_file()
     assert not list(elsewhere.iterdir()) and not (tmp_path/'some/runs').exists()
 
@@ -74,5 +74,5 @@ def test_a_kernel_of_another_project_stays_where_it_is(tmp_path):
     nbformat.write(new_notebook(), tmp_path/'mine.ipynb')
     cells = ['import os\nfrom hatemm_clip.base import leave_out_flagged', 'leave_out_flagged()', 'print(os.getcwd())']
     nb = new_notebook(cells=[new_code_cell(c) for c in cells])
-    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    run_all(nb, tmp_path)
     assert nb.cells[-1].outputs[0].text.strip() == str(tmp_path.resolve())

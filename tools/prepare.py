@@ -115,12 +115,14 @@ def execute(path):
     from nbclient import NotebookClient
 
     from hatemm_clip.base import cell_flag, remove
+    from hatemm_clip.pipeline import kernel_over_files
     nb = nbformat.read(path, 4)
     held = {i: (c.source, c.outputs) for i, c in enumerate(nb.cells) if c.cell_type == 'code' and (flag := cell_flag(c.source)) and flag not in os.environ.get('HATEMM_CELLS', '')}
     for i in held: nb.cells[i].source = ''
     remove(ROOT/'runs'/path.stem)  # of an earlier time: the page shows what is done, not what is found
     began = time.time()
-    NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    with kernel_over_files() as config:
+        NotebookClient(nb, timeout=1800, kernel_name='python3', config=config, resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for i, (source, outputs) in held.items(): nb.cells[i].update(source=source, outputs=outputs)
     if not os.environ.get('HATEMM_CELLS'): write_time(nb, time.time() - began)
     nbformat.write(nb, path)
