@@ -68,7 +68,7 @@ def status(code, message='broken', **headers): return lambda handler: send(handl
 def malformed(handler): send(handler, 200, '{"choices": [{"mess')
 
 
-def slow(handler): time.sleep(1.5); reply(handler, 'hateful')
+def slow(handler): time.sleep(3.); reply(handler, 'hateful')
 
 
 def cut(handler):

@@ -10,7 +10,7 @@ ELSEWHERE = ('98_own_videos', 'index')  # test_own_videos runs the one with its 
 BESIDE = [n.stem for n in NOTEBOOKS if n.stem not in ELSEWHERE and (n.stem not in STAGES or n.stem in ('30_finetune', '70_memes'))]
 SHORTER = {'01_demo': dict(out_dir='corpus', videos=24), '03_check': dict(data_dir='few'), '06_compare': dict(n=200), '30_finetune': dict(fold='0', epochs=2),
            '45_topics': dict(seeds=1, epochs=1), '55_localise': dict(run_dir=''),  # stories alone; test_localise measures a run
-           '70_memes': dict(demo_memes=40), '74_transfer': dict(shares='0.1,1', draws=1)}
+           '70_memes': dict(data_dir='memes', demo_memes=40), '74_transfer': dict(shares='0.1,1', draws=1)}
 FEWER = {'30_finetune': 48, 'howto_compare': 48, 'howto_encoder': 40, 'howto_head': 48, 'start_lab': 48, 'start_memes': 48}  # clips of the run; every part has both classes
 
 
@@ -19,7 +19,7 @@ def test_notebook(name, demo, tmp_path):
     run = copy_run(demo, tmp_path/'run')
     if name in FEWER: first_clips(run, FEWER[name])
     shorter = {n: str(tmp_path/value) if n in ('out_dir', 'data_dir') else value for n, value in SHORTER.get(name, {}).items()}
-    if 'data_dir' in shorter: small_corpus(demo, tmp_path/'few', 24)
+    if name == '03_check': small_corpus(demo, tmp_path/'few', 24)
     run_notebook(name, run.folder, demo/'demo_data', **shorter)
 
 
