@@ -130,9 +130,11 @@ def _searched(data, parts, folder, config, device, workers, trials, info):
 # %% ../nbs/30_finetune.ipynb #9bc7bcad
 def _finetune_fold(data, splits, fold, folder, config, device, workers, log, trials):
     parts, info = fold_parts(data, splits, fold)
+    was_there = folder.exists()
     if trials: config = _searched(data, parts, folder, config, device, workers, trials, info)
     with tensorboard_log(folder/'log') if log else contextlib.nullcontext() as on_epoch:
-        return finetune(data, parts, folder, config, device, workers, info, on_epoch)
+        done = finetune(data, parts, folder, config, device, workers, info, on_epoch)
+    return replace(done, found=done.found and was_there)  # what the search has just trained was not found
 
 # %% ../nbs/30_finetune.ipynb #be35e2dc
 def _print_summary(name, done, audited, seconds, cpu):

@@ -134,6 +134,7 @@ def test_a_batch_of_memes_ends_in_a_bundle_that_reads_pictures(tmp_path):
     assert config['demo'] and config['encoder']['definition']['name'] == 'hatemm' and config['encoder']['clips']['stills'] == 1
     assert "'hateful' follows the definition 'hatemm'" in (tmp_path/'run/bundle/MODEL_CARD.md').read_text()
     assert len(pd.read_csv(tmp_path/'run/finetune/projection-search/fold0/search.csv')) == 2
+    assert '(0 found finished)' in (tmp_path/'run/30_finetune.ipynb').read_text()  # what the search has trained is not found
 
     from hatemm_clip.scorer import Scorer
     scorer, picture = Scorer(tmp_path/'run/bundle', 'cpu'), tmp_path/'data/img/0002.png'

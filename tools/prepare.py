@@ -122,7 +122,7 @@ def execute(path):
     remove(ROOT/'runs'/path.stem)  # of an earlier time: the page shows what is done, not what is found
     began = time.time()
     with kernel_over_files() as config:
-        NotebookClient(nb, timeout=1800, kernel_name='python3', config=config, resources=dict(metadata=dict(path=str(path.parent)))).execute()
+        NotebookClient(nb, kernel_name='python3', config=config, resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for i, (source, outputs) in held.items(): nb.cells[i].update(source=source, outputs=outputs)
     if not os.environ.get('HATEMM_CELLS'): write_time(nb, time.time() - began)
     nbformat.write(nb, path)
