@@ -22,7 +22,7 @@ from hatemm_clip.reannotate import reannotate, ReannotateSettings
 from hatemm_clip.votes import append_vote, join_votes, read_votes
 
 HATS = read_definition('hatemm')
-QUICK = Patience(timeout=1., tries=3, backoff=.01)  # of which a slow answer takes three
+QUICK = Patience(timeout=1., tries=3, backoff=.01)  # a slow answer takes 3 s
 
 
 def some_items(n): return pd.DataFrame(dict(video_id=[f'{i:03d}' for i in range(n)], text=[f'The blue hats sang {i} songs.' for i in range(n)], path=''))

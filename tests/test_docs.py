@@ -167,12 +167,15 @@ def test_every_figure_has_a_caption_and_an_alternative_text():
     assert found and not bare, f'without fig-cap or fig-alt: {bare}'
 
 
+FOUND = re.compile(r' 0 new\b|is there already|[1-9]\d* found finished')  # what a run prints that had nothing to do
+
+
 def test_the_first_page_shows_a_run_that_did_something():
     page = (ROOT/'README.md').read_text()
     assert ', 160 new, 0 failed' in page and ' x real time' in page
+    assert not FOUND.search(page)
 
 
-FOUND = re.compile(r' 0 new\b|is there already|[1-9]\d* found finished')  # what a run prints that had nothing to do
 RUN_TWICE = {'008_rows', '80_retrieval'}  # pages on what a second run does
 
 
